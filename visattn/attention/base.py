@@ -1,0 +1,59 @@
+"""What every attention module is: it says where it looks, and what it takes from there."""
+
+import inspect
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Attention(nn.Module):
+    r"""A weighted sum whose weights depend on what is looked at.
+
+    A subclass writes :meth:`attend` (where it looks: the weights, a tensor or a ``NamedTuple`` of tensors) and
+    :meth:`read` (what it takes from there). Their shapes stand in their signatures. A subclass may overwrite
+    :meth:`forward` where a fused form is faster or leaner; it stays equal to ``read(attend)``.
+
+    Where :meth:`read` has a neutral value of the weights, at which it returns its input (1 for a product), the class
+    says so in :attr:`neutral`; a gate can then be folded into the weights.
+    """
+
+    paper: ClassVar[str]
+    """Where the module was published, such as ``"arXiv:1807.06521"``."""
+
+    place: ClassVar[str | tuple[str, ...] | None] = None
+    """Where its paper puts it, in the grammar of ``insert(at=…)``; None: used inside models only."""
+
+    neutral: ClassVar[float | None] = None
+    """The value of all weights at which ``read(x, weights=…)`` is ``x``; None where there is none."""
+
+    replaces: ClassVar[bool] = False
+    """Does it take the place of the module at its site (a convolution, a pool) instead of reading its output?"""
+
+    arguments: dict[str, Any]
+    """The arguments this module was constructed with, by name: what a checkpoint needs to build it again."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Attention":
+        module = super().__new__(cls)
+        if args or kwargs:  # none when copy or pickle make an empty shell, whose state follows
+            try:
+                bound = inspect.signature(cls).bind(*args, **kwargs)
+            except TypeError:
+                bound = None  # __init__ is about to raise the clearer error
+            object.__setattr__(module, "arguments", dict(bound.arguments) if bound else {})
+        return module
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Does a fresh module return its input?"""
+        return False
+
+    def attend(self, *inputs: Any) -> Any:
+        """Return the weights: where the module looks."""
+        raise NotImplementedError(f"{type(self).__name__} has no attend")
+
+    def read(self, *inputs: Any, weights: Any) -> Any:
+        """Return what the module takes from where the weights point."""
+        raise NotImplementedError(f"{type(self).__name__} has no read")
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.read(*inputs, weights=self.attend(*inputs))

@@ -1,0 +1,1 @@
+"""Attention over channels: one weight a channel."""

@@ -1,0 +1,1 @@
+"""Attention between positions: every position reads every other."""

@@ -1,0 +1,1 @@
+"""Attention over positions, or over channels and positions."""
