@@ -12,11 +12,13 @@ import copy
 import difflib
 import functools
 import inspect
+import itertools
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -135,6 +137,13 @@ class Inserted(nn.Module):
 
     def _on_tensor(self, x: Tensor) -> Tensor:
         return self.site.from_map(self(self.site.to_map(x)), x)
+
+
+class _Insertions(nn.ModuleDict):
+    """What is inserted, on the root of a model; passes by where the root calls its children one after the other."""
+
+    def forward(self, x: Any) -> Any:
+        return x
 
 
 class _OutputHook:
@@ -289,7 +298,7 @@ def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -
         inserted.original = (module,)
         model.set_submodule(site.name, attention)
     if not isinstance(getattr(model, "visattn", None), nn.ModuleDict):
-        model.visattn = nn.ModuleDict()
+        model.visattn = _Insertions()
     model.visattn[_key(model.visattn, f"{site.name.replace('.', '__')}__{type(attention).__name__}")] = inserted
     _hook(model, inserted)
     return inserted
@@ -439,7 +448,12 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
-    return copy.deepcopy(model, memo)
+    shell = copy.deepcopy(model, memo)
+    for module in shell.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
+                del hooks[key]  # a function is not copied: it would hand meta tensors to whoever hung it there
+    return shell
 
 
 def _input_sizes(model: nn.Module, given: int | Sequence[int] | None) -> list[tuple[int, int, int]]:
@@ -569,24 +583,29 @@ class _Places:
         names = [part["place"] for part in parts if part]
         known = ("stages", "blocks", "residual", "inner", "expanded", "head", "input", "pool", "convolutions")
         if len(names) == len(parts) and set(names) <= set(known) and not self._is_module(term):
-            found = self._place(names[0])
-            found = self._sliced(found, parts[0]["slice"], names[0])  # type: ignore[index]
             if len(parts) > 2 or (len(parts) == 2 and names[0] != "stages"):
                 raise SurgeryError(f'at={term!r}: only "stages" may have a place inside, such as "stages[2].blocks"')
+            found = self._sliced(self._place(names[0]), parts[0]["slice"], names[0])  # type: ignore[index]
             if len(parts) == 2:
-                levels = self.levels
-                spans = [
-                    (self.order[id(levels[levels.index(p) - 1].call)] if levels.index(p) else -1, self._order(p))
-                    for p in found
-                ]
-                inside = [p for p in self._place(names[1]) if any(low < self._order(p) <= high for low, high in spans)]
-                found = self._sliced(inside, parts[1]["slice"], term)  # type: ignore[index]
+                found = self._inside(found, names[1], parts[1]["slice"], term)  # type: ignore[index]
             if not found:
-                raise SurgeryError(
-                    f"at={term!r} leaves no site in {type(self.seen.model).__name__}: {self._what_is_there()}"
-                )
+                raise SurgeryError(f"at={term!r} leaves no site in {self._kind}: {self._what_is_there()}")
             return [p.site for p in found]
         return self._glob(term)
+
+    def _inside(self, stages: list[_Place], name: str, text: str | None, term: str) -> list[_Place]:
+        """The places of one name that are passed within some stages."""
+        before = {id(level): self._order(last) for last, level in itertools.pairwise(self.levels)}
+        spans = [(before.get(id(stage), -1), self._order(stage)) for stage in stages]
+        found = [p for p in self._place(name) if any(low < self._order(p) <= high for low, high in spans)]
+        found = self._sliced(found, text, term)
+        if not found and name in _COARSER:
+            log.warning("%s has no place %r; using the stage instead", self._kind, term)
+        return found or stages
+
+    @property
+    def _kind(self) -> str:
+        return type(self.seen.model).__name__
 
     def _order(self, place: _Place) -> int:
         return self.order[id(place.call)]
@@ -610,16 +629,17 @@ class _Places:
         if found:
             return found
         if name in _COARSER:
-            log.warning("%s has no place %r; using %r instead", type(self.seen.model).__name__, name, _COARSER[name])
+            log.warning("%s has no place %r; using %r instead", self._kind, name, _COARSER[name])
             return self._place(_COARSER[name])
-        raise SurgeryError(f"{type(self.seen.model).__name__} has no place {name!r}: {self._what_is_there()}")
+        raise SurgeryError(f"{self._kind} has no place {name!r}: {self._what_is_there()}")
 
     def _what_is_there(self) -> str:
         counts = {
             name: len(getattr(self, f"_{name}")()) for name in ("stages", "blocks", "residual", "inner", "expanded")
         }
         top = [name for name, _ in self.seen.model.named_children()]
-        return ", ".join(f"{n} {name}" for name, n in counts.items() if n) + f"; modules {', '.join(top[:12])}"
+        places = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        return f"{places}{'; ' if places else ''}modules {', '.join(top[:12])}"
 
     def _glob(self, pattern: str) -> list[Site]:
         regex = re.compile(
@@ -646,11 +666,8 @@ class _Places:
     def _usable_by_name(self, name: str) -> "_Place | str":
         count = self.seen.count[name]
         if count == 0:
-            inside = (
-                f"; its last child is {name}.{list(dict(self.seen.model.get_submodule(name).named_children()))[-1]}"
-            )
-            has_children = any(True for _ in self.seen.model.get_submodule(name).children())
-            return "is not called in a forward" + (inside if has_children else "")
+            children = [child for child, _ in self.seen.model.get_submodule(name).named_children()]
+            return "is not called in a forward" + (f"; its last child is {name}.{children[-1]}" if children else "")
         if count > 1:
             return f"is called {count} times in a forward"
         return self._usable(self.once[name])

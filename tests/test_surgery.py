@@ -1,0 +1,512 @@
+import copy
+import io
+import logging
+import pickle
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import visattn
+from visattn import CBAM, Attention, NonLocal, SqueezeExcitation, insert, insertions, remove, sites
+from visattn.surgery import SurgeryError, restore
+
+INSERTABLE = [getattr(visattn, n) for n in visattn.attention.__all__ if getattr(visattn, n).place is not None]
+
+
+class Brighten(Attention):
+    """Has an effect from the start and counts its calls, where an identity would hide being called twice or never."""
+
+    paper = "none"
+    place = "stages"
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.factor = nn.Parameter(torch.linspace(0.5, 1.5, channels)[:, None, None])
+        self.seen: list[Tensor] = []
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.factor
+
+    def read(self, x: Tensor, *, weights: Tensor) -> Tensor:
+        assert x.shape[1] == weights.shape[0]
+        self.seen.append(x)
+        return x * weights
+
+
+class Elsewhere(Attention):
+    """Used inside models only."""
+
+
+class Swap(Attention):
+    """Takes the place of a convolution."""
+
+    replaces = True
+    place = "convolutions"
+    paper = "none"
+
+    def __init__(self, channels: int, *, out_channels: int, stride: int = 1, groups: int = 1):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, out_channels, 1, stride, groups=groups)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.convolution.weight
+
+    def read(self, x: Tensor, *, weights: Tensor) -> Tensor:
+        return self.convolution(x)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """With last norms that are not zero, so that what stands in a residual branch has an effect."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 64, 96)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return lively(timm.create_model("resnet18"))
+
+
+# --- where
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [(CBAM, 28_089_624), (visattn.BAM, 25_915_099), (SqueezeExcitation, 28_088_024)],
+)
+def test_a_resnet50_has_the_parameters_of_the_paper(make, parameters):
+    model = insert(timm.create_model("resnet50"), make, gate=None)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("at", "names"),
+    [
+        ("stages", ["layer1", "layer2", "layer3", "layer4"]),
+        ("stages[1:3]", ["layer2", "layer3"]),
+        ("stages[-1]", ["layer4"]),
+        ("blocks[2::2]", ["layer1.2", "layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5", "layer4.1"]),
+        ("stages[2].blocks", [f"layer3.{i}" for i in range(6)]),
+        ("stages[2].blocks[1::2]", ["layer3.1", "layer3.3", "layer3.5"]),
+        ("stages[0].residual", [f"layer1.{i}.bn3" for i in range(3)]),
+        ("stages[3].inner", [f"layer4.{i}.aa" for i in range(3)]),
+        ("stages[3].convolutions", [f"layer4.{i}.conv2" for i in range(3)]),
+        ("head", ["layer4"]),
+        ("input", ["conv1"]),
+        ("pool", ["global_pool"]),
+        ("layer3.*", [f"layer3.{i}" for i in range(6)]),
+        ("layer4.**.bn3", [f"layer4.{i}.bn3" for i in range(3)]),
+        (["head", "stages[0]", "layer1"], ["layer1", "layer4"]),
+    ],
+)
+def test_the_grammar_of_places(at, names):
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    assert [site.name for site in sites(model, at)] == names
+
+
+def test_the_papers_places_for_non_local_blocks_are_every_other_block_of_two_stages():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    found = [site.name for site in sites(model, NonLocal.place)]
+    assert found == ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]
+
+
+def test_expanded_is_where_the_widened_map_of_an_inverted_residual_goes_into_its_projection():
+    found = sites(timm.create_model("mobilenetv2_100"), "expanded")
+    assert len(found) == 16
+    assert (found[0].channels, found[0].stride) == (96, 4)
+    assert [s.channels for s in sites(timm.create_model("efficientnet_b0"), "expanded")][:2] == [96, 144]
+
+
+def test_a_site_says_what_goes_through_it():
+    site = sites(timm.create_model("resnet18"), "stages", input_size=(160, 96))[2]
+    assert (site.channels, site.height, site.width, site.stride, site.layout) == (256, 10, 6, 16, "nchw")
+    site = sites(timm.create_model("vit_tiny_patch16_224", reg_tokens=3), "blocks")[0]
+    assert (site.channels, site.height, site.width, site.stride, site.layout, site.prefix) == (
+        192,
+        14,
+        14,
+        16,
+        "tokens",
+        4,
+    )
+    site = sites(timm.create_model("swin_tiny_patch4_window7_224"), "stages")[0]
+    assert (site.channels, site.height, site.width, site.stride, site.layout) == (96, 56, 56, 4, "nhwc")
+
+
+def test_a_backbone_without_the_place_gets_the_next_coarser_one_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING, logger="visattn"):
+        found = sites(timm.create_model("vgg11"), "residual")
+    assert [s.name for s in found] == [s.name for s in sites(timm.create_model("vgg11"), "stages")]
+    assert "VGG has no place 'residual'; using 'blocks' instead" in caplog.text
+
+
+def test_a_network_that_is_not_timms_is_watched_the_same_way(x):
+    model = lively(torchvision.models.resnet18())
+    assert [s.name for s in sites(model, "layer2.*")] == ["layer2.0", "layer2.1"]
+    assert [s.name for s in sites(model, "residual")][:2] == ["layer1.0.bn2", "layer1.1.bn2"]
+    assert [s.name for s in sites(model, "stages")] == ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]
+    before = model(x)
+    assert torch.equal(insert(model, CBAM)(x), before)
+
+
+def test_models_with_one_input_channel_and_feature_lists_are_watched_as_they_are():
+    grey = timm.create_model("resnet18", in_chans=1)
+    assert len(sites(grey, "blocks")) == 8
+    features = lively(timm.create_model("resnet18", features_only=True, out_indices=(1, 3)))
+    image = torch.randn(1, 3, 64, 64)
+    plain = features(image)
+    insert(features, Brighten, at="stages[0]", gate=None)
+    assert torch.equal(features(image)[0], plain[0] * insertions(features)[0].attention.factor)
+
+
+def test_a_level_that_is_a_list_of_maps_takes_the_attention_on_one_of_them():
+    model = lively(timm.create_model("hrnet_w18_small"))
+    insert(model, Brighten, at="stages", gate=None)
+    model(torch.randn(1, 3, 64, 64))
+    assert all(len(i.attention.seen) == 1 for i in insertions(model))
+
+
+# --- unchanged at insertion
+
+
+@pytest.mark.parametrize("make", INSERTABLE)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "vit_tiny_patch16_224", "test_convnext"])
+def test_the_output_is_unchanged_bit_for_bit(make, name):
+    model = timm.create_model(name).eval()
+    image = torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+    with torch.no_grad():
+        before = model(image)
+        assert torch.equal(insert(model, make)(image), before)
+        assert len(insertions(model)) > 0
+
+
+@pytest.mark.parametrize("make", INSERTABLE)
+def test_every_inserted_parameter_has_a_gradient_within_three_steps(make):
+    model = insert(lively(timm.create_model("resnet18", num_classes=4)), make).train()
+    trained = dict(model.visattn.named_parameters())
+    reached = set()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 2, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        reached |= {name for name, p in trained.items() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+    assert reached == set(trained)
+
+
+def test_a_gate_mixes_between_the_map_and_what_the_paper_does_with_it(model, x):
+    before = model(x)
+    insert(model, Brighten, at="stages[1]")
+    (inserted,) = insertions(model)
+    assert inserted.gate.shape == (1,)
+    assert torch.equal(model(x), before)
+    nn.init.ones_(inserted.gate)
+    gated = model(x)
+    remove(model)
+    insert(model, Brighten, at="stages[1]", gate=None)
+    torch.testing.assert_close(gated, model(x))
+    assert not torch.allclose(gated, before)
+
+
+def test_a_gate_is_folded_into_the_weights_where_they_have_a_neutral_value(x):
+    site = sites(timm.create_model("resnet18"), "stages[0]")[0]
+    module, half = SqueezeExcitation(64), torch.tensor(0.5)
+    inserted = visattn.surgery.Inserted(module, site, gated=True)
+    nn.init.constant_(inserted.gate, 0.5)
+    images = torch.randn(2, 64, 5, 7)
+    torch.testing.assert_close(inserted(images), torch.lerp(images, module(images), half))
+
+
+def test_a_module_that_is_the_identity_already_gets_no_gate(model):
+    insert(model, NonLocal, at="stages[1]")
+    assert insertions(model)[0].gate is None
+    assert insertions(insert(model, NonLocal, at="stages[2]", gate=None))[1].gate is None
+
+
+# --- every layout
+
+
+def test_tokens_are_read_as_the_map_they_stand_for_and_prefix_tokens_pass_by():
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=2).eval()
+    taken = {}
+    model.blocks[0].register_forward_hook(lambda m, a, out: taken.setdefault("before", out))
+    insert(model, Brighten, at="blocks[0]", gate=None)
+    model.blocks[1].register_forward_pre_hook(lambda m, a: taken.setdefault("after", a[0]))
+    model.blocks[0]._forward_hooks.move_to_end(next(reversed(model.blocks[0]._forward_hooks)), last=False)
+    model(torch.randn(1, 3, 224, 224))
+    attention = insertions(model)[0].attention
+    before = taken["before"]
+    for row, column in ((0, 0), (3, 11), (13, 2)):
+        assert torch.equal(attention.seen[0][0, :, row, column], before[0, 1 + 14 * row + column])
+    assert torch.equal(taken["after"][:, :1], before[:, :1])
+    assert torch.equal(taken["after"][:, 1:], before[:, 1:] * attention.factor.flatten())
+
+
+def test_tokens_of_an_image_of_another_shape_fit_or_say_why_not():
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1).eval()
+    insert(model, Brighten, at="blocks", gate=None)
+    model(torch.randn(1, 3, 160, 160))
+    assert insertions(model)[0].attention.seen[0].shape == (1, 192, 10, 10)
+    with pytest.raises(ValueError, match=r"60 tokens at blocks.0 fit no map shaped like 14×14; insert with input_size"):
+        model(torch.randn(1, 3, 96, 160))
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1).eval()
+    insert(model, Brighten, at="blocks", gate=None, input_size=(96, 160))
+    model(torch.randn(1, 3, 192, 320))
+    assert insertions(model)[0].attention.seen[0].shape == (1, 192, 12, 20)
+
+
+def test_channels_last_maps_are_read_with_channels_in_front():
+    model = timm.create_model("swin_tiny_patch4_window7_224").eval()
+    insert(model, Brighten, at="layers.1.blocks.0", gate=None)
+    model(torch.randn(1, 3, 224, 224))
+    assert insertions(model)[0].attention.seen[0].shape == (1, 192, 28, 28)
+
+
+def test_the_image_itself_can_be_attended_to(model, x):
+    insert(model, Brighten, at="input", gate=None)
+    (inserted,) = insertions(model)
+    model(x)
+    assert torch.equal(inserted.attention.seen[0], x)
+    expected = copy.deepcopy(remove(model))(x * inserted.attention.factor)
+    insert(model, Brighten, at="input", gate=None)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_convolution_is_swapped_and_comes_back(model, x):
+    before, keys = model(x), list(model.state_dict())
+    insert(model, Swap, at="stages[1].convolutions")
+    swapped = {name: m for name, m in model.named_modules() if isinstance(m, Swap)}
+    assert list(swapped) == ["layer2.0.conv1", "layer2.0.conv2", "layer2.1.conv1", "layer2.1.conv2"]
+    assert swapped["layer2.0.conv1"].convolution.stride == (2, 2)
+    assert model(x).shape == before.shape
+    assert len(insertions(copy.deepcopy(model))) == 4
+    remove(model)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), before)
+
+
+# --- what must survive
+
+
+def test_no_parameter_of_the_backbone_changes_its_name(model, x):
+    weights = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    other = insert(copy.deepcopy(model), CBAM)
+    model.load_state_dict(weights)
+    missing, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(key.startswith("visattn.") for key in missing)
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in weights.items())
+    assert list(remove(other).state_dict()) == list(weights)
+    assert not hasattr(other, "visattn")
+    assert all(not m._forward_hooks for m in other.modules())
+
+
+@pytest.fixture
+def cbam(model) -> nn.Module:
+    """With gates half open."""
+    insert(model, CBAM)
+    for inserted in insertions(model):
+        nn.init.constant_(inserted.gate, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_gives_the_same_and_is_independent(cbam, x, clone):
+    twin, before = clone(cbam), cbam(x)
+    assert torch.equal(twin(x), before)
+    for inserted in insertions(twin):
+        nn.init.zeros_(inserted.gate)
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(cbam(x), before)
+
+
+def test_weights_round_trip_through_a_file(cbam, x):
+    file = io.BytesIO()
+    torch.save(cbam.state_dict(), file)
+    file.seek(0)
+    other = insert(timm.create_model("resnet18").eval(), CBAM)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), cbam(x))
+
+
+def test_timms_own_ways_through_a_model_all_pass_the_attention(model, x):
+    insert(model, Brighten, at=["stages", "layer2.0"], gate=None)
+    wanted = model(x)
+
+    def calls() -> list[int]:
+        counts = [len(i.attention.seen) for i in insertions(model)]
+        for i in insertions(model):
+            i.attention.seen.clear()
+        return counts
+
+    assert calls() == [1] * 5
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), wanted)
+    assert calls() == [1] * 5
+    final, levels = model.forward_intermediates(x)
+    assert torch.equal(levels[-1], final)
+    assert calls() == [1] * 5
+    model.set_grad_checkpointing(True)
+    model.train()(x).sum()
+    assert calls() == [1] * 5
+    model.eval().set_grad_checkpointing(False)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert calls() == [1] * 5
+
+
+def test_bf16_autocast_and_channels_last_are_close_to_fp32(cbam, x):
+    wanted = cbam(x)
+    channels_last = copy.deepcopy(cbam).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        channels_last(x.contiguous(memory_format=torch.channels_last)), wanted, rtol=1e-4, atol=1e-4
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = cbam(x)
+    half = copy.deepcopy(cbam).bfloat16()(x.bfloat16())
+    for output in (auto, half):
+        assert output.dtype == torch.bfloat16
+        assert nn.functional.cosine_similarity(output.float(), wanted).min() > 0.99
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiles_into_one_graph(cbam, x):
+    compiled = torch.compile(cbam, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), cbam(x))
+    with pytest.raises(SurgeryError, match=r"model is compiled already: insert first, then torch.compile"):
+        insert(compiled, CBAM)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_exports_with_any_batch_and_image_size(cbam, x):
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(cbam, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    other = torch.randn(5, 3, 96, 128)
+    torch.testing.assert_close(program.module()(other), cbam(other))
+
+
+def test_a_converter_that_builds_norms_anew_is_repaired(model):
+    insert(model, CBAM)
+    converted = timm.layers.convert_sync_batchnorm(model)
+    lost = [i for i in insertions(converted) if not _is_hooked(converted, i)]
+    assert lost, "the converter keeps hooks by now; restore is not needed any more"
+    restore(converted)
+    assert all(_is_hooked(converted, i) for i in insertions(converted))
+    assert sum(len(m._forward_hooks) for m in restore(converted).modules()) == len(insertions(converted))
+
+
+def _is_hooked(model: nn.Module, inserted: visattn.surgery.Inserted) -> bool:
+    hooks = model.get_submodule(inserted.site.name)._forward_hooks.values()
+    return any(getattr(hook, "inserted", None) is inserted for hook in hooks)
+
+
+def test_several_modules_at_one_site_act_in_the_order_of_insertion(model, x):
+    insert(model, Brighten, at="layer2", gate=None)
+    insert(model, Brighten, at="layer2.1", gate=None)
+    model(x)
+    first, second = (i.attention for i in insertions(model))
+    assert torch.equal(second.seen[0], first.seen[0] * first.factor)
+    assert len(model.visattn) == 2
+
+
+def test_what_a_lambda_makes_is_inserted_too_but_needs_a_place(model):
+    insert(model, lambda channels: SqueezeExcitation(channels, reduction=4), at="head")
+    assert insertions(model)[0].attention.arguments == {"channels": 512, "reduction": 4}
+    with pytest.raises(SurgeryError, match=r"at must be given, since .* does not say which attention class it makes"):
+        insert(model, lambda channels: SqueezeExcitation(channels))
+
+
+# --- what is refused, and what it says
+
+
+class Odd(nn.Module):
+    """Calls one module twice, one never, and one for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.never = nn.Conv2d(8, 8, 1)
+        self.unread = nn.Conv2d(8, 8, 1)
+        self.iterated = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.flat = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.first(x)))
+        self.unread(x)
+        for module in self.iterated:
+            x = module(x)
+        return self.flat(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ("twice", "at='twice': twice is called 2 times in a forward"),
+        ("never", "at='never': never is not called in a forward"),
+        ("unread", "at='unread': unread returns what nobody reads"),
+        ("iterated", "iterated is not called in a forward; its last child is iterated.1"),
+        ("flat", r"flat returns no feature map, but \(4,\) an image"),
+        ("frist", r"at='frist' matches no module \(close: first\); there are"),
+        ("nowhere.*", "at='nowhere.*' matches no module"),
+        ("pool", "Odd has no place 'pool'"),
+        ("stages", "Odd has no place 'stages': modules first, twice, never"),
+        ("blocks.residual", 'only "stages" may have a place inside'),
+    ],
+)
+def test_says_why_a_place_cannot_be_used(at, message):
+    model = Odd().eval()
+    with pytest.raises(SurgeryError, match=message):
+        insert(model, CBAM, at=at)
+    assert not hasattr(model, "visattn")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_refuses_what_it_cannot_insert(model):
+    with pytest.raises(SurgeryError, match="at must be given: Elsewhere has no place in a backbone"):
+        insert(model, Elsewhere)
+    with pytest.raises(ValueError, match="gate must be \"identity\" or None, got 'zero'"):
+        insert(model, CBAM, gate="zero")
+    with pytest.raises(ValueError, match=r"at must be a string or several of them, got \[\]"):
+        sites(model, [])
+    with pytest.raises(
+        ValueError, match=r"input_size must be n, \(h, w\) or \(c, h, w\) in pixels, got \(1, 2, 3, 4\)"
+    ):
+        sites(model, input_size=(1, 2, 3, 4))
+    with pytest.raises(SurgeryError, match=r"VisionTransformer does not run on an image of 3×100×100 \(input_size\)"):
+        sites(timm.create_model("vit_tiny_patch16_224", depth=1), input_size=100)
+    with pytest.raises(SurgeryError, match=r"there are 4 stages, so \[7\] is out of range"):
+        insert(model, CBAM, at="stages[7]")
+    with pytest.raises(
+        SurgeryError, match=r"at='stages\[9:\]' leaves no site in ResNet: 4 stages, 8 blocks, 8 residual"
+    ):
+        insert(model, CBAM, at="stages[9:]")
+    with pytest.raises(TypeError, match="make must return an Attention, got Conv2d"):
+        insert(model, lambda channels: nn.Conv2d(channels, channels, 1), at="head")
+    with pytest.raises(TypeError, match="reductoin"):
+        insert(model, partial(CBAM, reductoin=4))
+    assert not hasattr(model, "visattn")
+
+
+@pytest.mark.slow
+def test_real_pretrained_weights_predict_the_same_after_insertion(shared):
+    name = f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}"
+    model = timm.create_model(name, pretrained=True).eval()
+    image = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        before = model(image)
+        for make in INSERTABLE:
+            assert torch.equal(insert(model, make)(image), before)
+        assert torch.equal(remove(model)(image), before)
