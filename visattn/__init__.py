@@ -6,11 +6,10 @@ from visattn import attention
 from visattn.attention import *  # noqa: F403
 from visattn.record import record
 from visattn.surgery import Site, insert, insertions, remove, sites
+from visattn.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from visattn.checkpoint import load, save
-
-__version__ = "0.1.0"
 
 __all__ = [*attention.__all__, "Site", "insert", "insertions", "load", "record", "remove", "save", "sites"]
 

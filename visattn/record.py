@@ -54,8 +54,8 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
         for name, module in ours.items():
             stack.callback(module.register_forward_pre_hook(partial(_attend, maps, name)).remove)
         for name, module in timms.items():
-            if isinstance(getattr(module, "gate", None), nn.Module):
-                stack.callback(module.gate.register_forward_hook(partial(_keep_gate, maps, name)).remove)
+            if isinstance(gate := getattr(module, "gate", None), nn.Module):
+                stack.callback(gate.register_forward_hook(partial(_keep_gate, maps, name)).remove)
             else:
                 stack.callback(module.register_forward_pre_hook(partial(heads.enter, name)).remove)
                 stack.callback(module.register_forward_hook(heads.leave).remove)

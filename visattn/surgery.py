@@ -297,9 +297,10 @@ def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -
     if attention.replaces:
         inserted.original = (module,)
         model.set_submodule(site.name, attention)
-    if not isinstance(getattr(model, "visattn", None), nn.ModuleDict):
-        model.visattn = _Insertions()
-    model.visattn[_key(model.visattn, f"{site.name.replace('.', '__')}__{type(attention).__name__}")] = inserted
+    held = getattr(model, "visattn", None)
+    if not isinstance(held, nn.ModuleDict):
+        held = model.visattn = _Insertions()
+    held[_key(held, f"{site.name.replace('.', '__')}__{type(attention).__name__}")] = inserted
     _hook(model, inserted)
     return inserted
 
@@ -395,7 +396,7 @@ class _Addition:
 
     inside: _Call
     branch: list[_Call]  # the calls that returned the branch's end, innermost first
-    shape: torch.Size
+    end: Tensor
 
 
 @dataclass
@@ -425,7 +426,7 @@ def _watch(model: nn.Module, input_size: int | Sequence[int] | None) -> _Watched
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for size in (candidates := _input_sizes(model, input_size)):
         shell = remove(_meta_copy(model)).eval()
-        image = torch.empty(BATCH, *size, device="meta", dtype=dtype)
+        image = torch.empty((BATCH, *size), device="meta", dtype=dtype)
         watcher = _Watcher(shell, image)
         try:
             with torch.no_grad(), watcher:
@@ -460,7 +461,9 @@ def _input_sizes(model: nn.Module, given: int | Sequence[int] | None) -> list[tu
     """The sizes (c, h, w) to try, most likely first."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     declared = tuple(config.get("input_size") or (3, 224, 224))
-    size = next((m.img_size for m in model.modules() if isinstance(getattr(m, "img_size", None), tuple)), declared[1:])
+    size: Any = next(
+        (m.img_size for m in model.modules() if isinstance(getattr(m, "img_size", None), tuple)), declared[1:]
+    )
     if given is not None:
         numbers = (given, given) if isinstance(given, int) else tuple(given)
         if len(numbers) not in (2, 3) or min(numbers) < 1:
@@ -468,8 +471,9 @@ def _input_sizes(model: nn.Module, given: int | Sequence[int] | None) -> list[tu
         if len(numbers) == 3:
             return [numbers]
         size = numbers
+    height, width = size
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), declared[0])
-    return [(channels, *size) for channels in dict.fromkeys((first, declared[0]))]
+    return [(channels, height, width) for channels in dict.fromkeys((first, declared[0]))]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -533,7 +537,7 @@ class _Watcher(TorchDispatchMode):
         ):
             return
         branch = a if self.work[id(a)] > self.work[id(b)] else b
-        self.seen.additions.append(_Addition(self.stack[-1], list(self.returned_by.get(id(branch), [])), a.shape))
+        self.seen.additions.append(_Addition(self.stack[-1], list(self.returned_by.get(id(branch), [])), branch))
 
     def finish(self, output: Any) -> _Watched:
         seen = self.seen
@@ -568,6 +572,11 @@ class _Place:
 
     site: Site
     call: _Call
+
+    @property
+    def tensor(self) -> Any:
+        returned = self.call.returned
+        return returned if self.site.output is None else returned[self.site.output]
 
 
 class _Places:
@@ -763,18 +772,25 @@ class _Places:
         """Of the calls that returned one tensor, the last that can carry a hook, a norm only if there is no other."""
         places = [p for p in (self._usable(call) for call in calls) if isinstance(p, _Place)]
         sturdy = [p for p in places if not isinstance(p.call.module, nn.modules.batchnorm._NormBase)]
-        return (sturdy or places or [None])[-1]
+        return next(reversed(sturdy or places), None)
 
     # --- the places
 
     @functools.cached_property
+    def _residual_additions(self) -> list[_Addition]:
+        """Those of feature maps, from which a module returns as much as is added."""
+        return [
+            a
+            for a in self.seen.additions
+            if a.inside.name
+            and self._layout(a.end)
+            and any(t.numel() == a.end.numel() for t in _tensors(a.inside.returned))
+        ]
+
+    @functools.cached_property
     def _units(self) -> list[_Call]:
         """The modules in which a residual addition is made: residual blocks, and others of their classes."""
-        made = {
-            a.inside.name: a.inside
-            for a in self.seen.additions
-            if a.inside.name and any(t.numel() == a.shape.numel() for t in _tensors(a.inside.returned))
-        }
+        made = {a.inside.name: a.inside for a in self._residual_additions}
         for name in sorted(made, key=lambda name: name.count(".")):
             if name not in made:
                 continue
@@ -805,32 +821,39 @@ class _Places:
     def levels(self) -> list[_Place]:
         """The feature levels that timm declares, else the last block of each stride; without the stem."""
         info = getattr(self.seen.model, "feature_info", None) or []
-        found: dict[str, _Place] = {}
+        found: dict[Site, _Place] = {}
         for level in getattr(info, "info", info):
             place = self._level(level.get("module") or "", level["num_chs"], level["reduction"])
             if place:
-                found[place.site.name] = place
+                found[place.site] = place
         levels = sorted(found.values(), key=self._order)
-        blocks = self._blocks()
         if not levels:
-            last = {p.site.stride: p for p in blocks}
+            last = {p.site.stride: p for p in self._blocks()}
             return sorted(last.values(), key=self._order)
-        if blocks:
-            stem = min(b.call.start for b in blocks)
-        else:  # what follows a single convolution
-            stem = next((c.start for c in [c for c in self.seen.calls if isinstance(c.module, nn.Conv2d)][1:]), 0)
-        return [p for p in levels if p.call.end > stem] or levels
+        first = self._units or [c for c in self.seen.calls if isinstance(c.module, (nn.Conv2d, nn.Linear))][1:]
+        start = min((call.start for call in first), default=0)
+        after = [p for p in levels if p.call.end > start and not p.site.name.startswith("stem")]
+        return after or levels
 
     def _level(self, name: str, channels: int, stride: int) -> _Place | None:
-        names = [n for n in self.once if n == name or n == name.replace(".", "_")]
+        """By its name, if that is a module of the declared size; else by that size; else by its name alone."""
+        names = [n for n in self.once if n in (name, name.replace(".", "_"))]
         names = names or [n for n in self.once if name and n.endswith(f".{name}")]
-        if len(names) == 1:
-            for wanted in ((channels, stride), (None, None)):
-                place = self._usable(self.once[names[0]], *wanted)
-                if isinstance(place, _Place):
-                    return place
-        places = [self._usable(call, channels, stride) for call in self.seen.calls]
-        return next((p for p in reversed(places) if isinstance(p, _Place)), None)
+        named = [self.once[n] for n in names] if len(names) == 1 else []
+        wanted = channels, stride
+        for calls, size in ((named, wanted), (self._units, wanted), (self.seen.calls, wanted), (named, (None, None))):
+            places = [p for p in (self._usable(call, *size) for call in calls) if isinstance(p, _Place)]
+            if places:
+                return places[-1] if calls is named else self._outermost(places[-1])
+        return None
+
+    def _outermost(self, place: _Place) -> _Place:
+        """The outermost module that returns the very tensor of a place."""
+        for outer in place.call.stack:
+            found = self._usable(outer)
+            if isinstance(found, _Place) and found.tensor is place.tensor:
+                return found
+        return place
 
     def _stages(self) -> list[_Place]:
         return self.levels
@@ -839,25 +862,24 @@ class _Places:
         units = {unit.name for unit in self._units}
         ends = [
             self._last_usable([call for call in a.branch if call.name.startswith(f"{a.inside.name}.")])
-            for a in self.seen.additions
+            for a in self._residual_additions
             if any(a.inside.name == unit or a.inside.name.startswith(f"{unit}.") for unit in units)
-            and any(t.numel() == a.shape.numel() for t in _tensors(a.inside.returned))
         ]
         return list({p.site.name: p for p in ends if p}.values())
 
-    def _convolutions_in(self, unit: _Call) -> list[_Call]:
-        return [c for c in self.seen.calls if unit in c.stack and isinstance(c.module, nn.Conv2d)]
+    def _convolutions_in(self, unit: _Call) -> list[tuple[_Call, nn.Conv2d]]:
+        return [(c, c.module) for c in self.seen.calls if unit in c.stack and isinstance(c.module, nn.Conv2d)]
 
     def _before_pointwise(self, spatial: Callable[[nn.Conv2d, _Call], bool]) -> list[_Place]:
         """In each block, what the 1×1 convolution after the last such spatial convolution is given."""
         found = []
         for unit in self._units:
             convolutions = self._convolutions_in(unit)
-            last = max((i for i, c in enumerate(convolutions) if spatial(c.module, unit)), default=-1)  # type: ignore[arg-type]
-            for following in convolutions[last + 1 :] if last >= 0 else []:
+            last = max((i for i, (_, c) in enumerate(convolutions) if spatial(c, unit)), default=len(convolutions))
+            for following, convolution in convolutions[last + 1 :]:
                 place = self._last_usable([c for c in following.given[0][1] if unit in c.stack])
-                same_size = place and (place.site.height, place.site.width) == convolutions[last].returned.shape[2:]
-                if following.module.kernel_size == (1, 1) and place and same_size:
+                size = convolutions[last][0].returned.shape[2:]
+                if convolution.kernel_size == (1, 1) and place and (place.site.height, place.site.width) == size:
                     found.append(place)
                     break
         return found
@@ -904,9 +926,9 @@ class _Places:
     def _convolutions(self) -> list[_Place]:
         found = []
         for unit in self._units:
-            for call in self._convolutions_in(unit):
+            for call, convolution in self._convolutions_in(unit):
                 before = self._layout(call.given[0][0]) if call.given else None
-                if before and max(call.module.kernel_size) > 1 and self.seen.count[call.name] == 1:
+                if before and max(convolution.kernel_size) > 1 and self.seen.count[call.name] == 1:
                     found.append(_Place(Site(call.name, *before, side="input"), call))
         return found
 

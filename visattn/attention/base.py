@@ -1,6 +1,7 @@
 """What every attention module is: it says where it looks, and what it takes from there."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -47,13 +48,11 @@ class Attention(nn.Module):
         """Does a fresh module return its input?"""
         return False
 
-    def attend(self, *inputs: Any) -> Any:
-        """Return the weights: where the module looks."""
-        raise NotImplementedError(f"{type(self).__name__} has no attend")
+    attend: Callable[..., Any]
+    """``attend(*inputs)`` returns the weights: where the module looks."""
 
-    def read(self, *inputs: Any, weights: Any) -> Any:
-        """Return what the module takes from where the weights point."""
-        raise NotImplementedError(f"{type(self).__name__} has no read")
+    read: Callable[..., Any]
+    """``read(*inputs, weights=weights)`` returns what the module takes from where the weights point."""
 
     def forward(self, *inputs: Any) -> Any:
         return self.read(*inputs, weights=self.attend(*inputs))

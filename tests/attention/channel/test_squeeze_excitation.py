@@ -1,6 +1,7 @@
 import pytest
 import torch
 from timm.layers import SEModule
+
 from visattn import SqueezeExcitation
 
 

@@ -1,0 +1,194 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import visattn
+from visattn.__main__ import main
+from visattn.commands import predict
+from visattn.data.transforms import Preprocess
+
+COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
+SIZE = (3, 64, 96)
+
+
+class Colours(nn.Module):
+    """Its logits are the means of red, green and blue, in 255ths of 10, and it attends to what is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.transform = Preprocess(SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+        self.labels, self.task, self.batches = [*COLOURS], "classification", []
+        self.gate = Brightness()
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        x = x * torch.tensor([0.2, 0.3, 0.4])[:, None, None] + torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+        self.gate(nn.functional.avg_pool2d(x, 16))
+        return 10 * x.mean((2, 3))
+
+
+class Brightness(visattn.attention.base.Attention):
+    def attend(self, x):
+        return x.mean(1, keepdim=True)
+
+    def read(self, x, *, weights):
+        return x * weights
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = Colours().eval()
+    monkeypatch.setattr(predict, "load", lambda path, device: model.to(device))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for name, colour in zip(("b.png", "deep/c.jpg", "a.bmp"), COLOURS.values(), strict=True):
+        Image.new("RGB", (96, 64), colour).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def lines(capsys, *arguments, status=0):
+    assert main(["predict", "checkpoint", *map(str, arguments), "--json"]) == status
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_folder_is_read_at_any_depth_and_in_order(capsys, model, folder):
+    found = lines(capsys, folder, "--batch", 2)
+    assert [line["file"] for line in found] == [str(folder / name) for name in ("a.bmp", "b.png", "deep/c.jpg")]
+    assert [line["predictions"][0]["label"] for line in found] == ["blue", "red", "green"]
+    assert model.batches == [2, 1]
+
+
+def test_probabilities_are_a_softmax_and_sorted(capsys, model, folder):
+    (line,) = lines(capsys, folder / "b.png", "--top", 2)
+    wanted = np.exp([2000 / 255, 0, 0])
+    assert [p["probability"] for p in line["predictions"]] == pytest.approx((wanted / wanted.sum())[:2], rel=1e-3)
+    assert len(lines(capsys, folder / "b.png")[0]["predictions"]) == 3  # no more than there are classes
+
+
+def test_several_labels_have_each_its_own_probability(capsys, model, folder):
+    model.task = "multi-label"
+    (line,) = lines(capsys, folder / "b.png")
+    wanted = 1 / (1 + np.exp([-2000 / 255, 0, 0]))
+    assert [p["probability"] for p in line["predictions"]] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_without_labels_classes_are_numbers(capsys, model, folder):
+    model.labels = None
+    assert lines(capsys, folder / "deep")[0]["predictions"][0]["label"] == "1"
+
+
+def test_table_and_csv_say_the_same(capsys, model, folder, tmp_path):
+    assert main(["predict", "checkpoint", str(folder), "--csv", str(tmp_path / "out.csv")]) == 0
+    out = capsys.readouterr().out
+    with (tmp_path / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], row["rank"], row["label"]) for row in rows[:2]] == [
+        (str(folder / "a.bmp"), "1", "blue"),
+        (str(folder / "a.bmp"), "2", "red"),
+    ]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["label"] in out
+        assert f"{float(row['probability']):.4f}" in out
+    named = [line for line in out.splitlines() if line.startswith(str(folder))]
+    assert named == [str(folder / name) for name in ("a.bmp", "b.png", "deep/c.jpg")]
+
+
+def test_maps_are_drawn_over_what_the_model_saw(capsys, model, folder, tmp_path):
+    found = lines(capsys, folder, "--maps", tmp_path / "maps")
+    assert found[2]["maps"] == [
+        str(tmp_path / "maps" / "deep" / "c.jpg" / name) for name in ("overview.png", "gate-Brightness.png")
+    ]
+    assert model.batches == [1, 1, 1]
+    for line in found:
+        for name in line["maps"]:
+            pixels = np.asarray(Image.open(name).convert("RGB")).astype(int)
+            colour = COLOURS[line["predictions"][0]["label"]]
+            assert (abs(pixels - colour).max(2) <= 3).mean() > 0.02  # the photo itself
+    (alone,) = lines(capsys, folder / "b.png", "--maps", tmp_path / "one")
+    assert alone["maps"][0] == str(tmp_path / "one" / "b.png" / "overview.png")
+
+
+def test_a_map_that_cannot_be_drawn_is_said_once_and_a_model_without_attention_too(capsys, model, folder, tmp_path):
+    model.gate.attend = lambda x: x.new_full((1, 1, 4, 6), torch.nan)
+    arguments = ["predict", "checkpoint", str(folder), "--maps", str(tmp_path / "maps")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == "not drawn: gate/Brightness: weights must be finite, got NaN or infinity\n"
+    assert sorted(path.name for path in tmp_path.glob("maps/*/*.png")) == ["overview.png"] * 2
+    model.gate = nn.Identity()
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == "not drawn: the model has no attention\n"
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "zz.png"])
+def test_a_corrupt_image_is_named_and_skipped_and_counted(capsys, model, folder, name):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "whole.jpg")
+    (folder / name).write_bytes((folder / "whole.jpg").read_bytes()[:2000])
+    (folder / "empty.jpg").touch()
+    assert main(["predict", "checkpoint", str(folder), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == len([path for path in folder.rglob("*.*") if path.suffix != ".txt"]) - 2
+    assert f"skipped {folder / name}: image file is truncated" in err
+    assert f"skipped {folder / 'empty.jpg'}: cannot identify image file" in err
+    assert err.splitlines()[-1] == f"2 of {len(out.splitlines()) + 2} images could not be read and were skipped"
+
+
+def test_bad_input_is_one_line(capsys, model, folder, tmp_path):
+    (tmp_path / "none").mkdir()
+    for arguments, message in (
+        ([tmp_path / "nowhere"], f"error: images must be a file or a folder, {tmp_path / 'nowhere'} does not exist\n"),
+        ([tmp_path / "none"], f"error: {tmp_path / 'none'} holds no image, which is a file ending in .bmp"),
+        ([folder, "--maps", tmp_path / "m", "--query", "64", "0"], "error: query must lie inside the image of 64×96"),
+    ):
+        assert main(["predict", "checkpoint", *map(str, arguments)]) == 2
+        assert capsys.readouterr().err.startswith(message)
+    with pytest.raises(SystemExit):
+        main(["predict", "checkpoint", str(folder), "--top", "0"])
+    assert "argument --top: must be a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transform": None}, "checkpoint does not say how images are prepared for the model"),
+        ({"forward": lambda x: x}, "checkpoint must be of a classifier, which gives one logit for each class"),
+        ({"forward": lambda x: x.mean((2, 3)) * torch.nan}, "checkpoint gives logits that are NaN or infinite"),
+    ],
+)
+def test_a_checkpoint_that_cannot_predict_says_why(capsys, model, folder, change, message):
+    vars(model).update(change)
+    assert main(["predict", "checkpoint", str(folder)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_saved_model_predicts_as_it_does_in_python(capsys, folder, tmp_path):
+    net = timm.create_model("test_resnet", num_classes=4)
+    visattn.insert(net, visattn.NonLocal, at="stages[-2:]")
+    visattn.insert(net, visattn.SqueezeExcitation, at="stages[-1:]")
+    visattn.save(net, tmp_path / "mine", labels=["cat", "dog", "horse", "[b]bird"])
+    assert (
+        main(["predict", str(tmp_path / "mine"), str(folder / "b.png"), "--json", "--maps", str(tmp_path / "maps")])
+        == 0
+    )
+    line = json.loads(capsys.readouterr().out)
+    loaded = visattn.load(tmp_path / "mine")
+    with torch.no_grad():
+        wanted = loaded(loaded.transform(Image.open(folder / "b.png"))[None]).softmax(-1)[0]
+    got = {p["label"]: p["probability"] for p in line["predictions"]}
+    assert [got[label] for label in loaded.labels] == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert len(line["maps"]) == 4
+    assert main(["predict", str(tmp_path / "mine"), str(folder / "b.png")]) == 0
+    assert "[b]bird" in capsys.readouterr().out

@@ -1,0 +1,152 @@
+"""What recorded weights say about an image: bars where they are over channels, heat where they are over positions.
+
+Shapes decide: (1, c, 1, 1) are channels; (1, 1, h, w) a map; (1, c, h, w) a map for each channel, of which the mean is
+shown; (1, n, m), and (1, heads, n, m) whose rows sum to one, say what each of n queries reads from m keys, of which one
+query is shown. Weights over channels have no place in the image, and none is made up.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from visattn.drawing.grid import Grid, grid_of, key_grid_of, same_stride
+from visattn.drawing.overlay import constant
+
+Query = tuple[int, int]
+
+
+class Channels(NamedTuple):
+    """A weight for each channel."""
+
+    name: str
+    note: str
+    values: Float[ndarray, " c"]
+
+
+class Heat(NamedTuple):
+    """A weight for each position, and the position that asked for them: as row and column of pixels, where one did."""
+
+    name: str
+    note: str
+    values: Float[ndarray, "h w"]
+    query: tuple[float, float] | None
+
+
+def fields(maps: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of recorded maps by its name: a field of a tuple behind a dot."""
+    for name, weights in maps.items():
+        if isinstance(weights, Tensor):
+            yield name, weights
+        elif isinstance(weights, tuple):
+            names = getattr(weights, "_fields", range(len(weights)))
+            yield from fields({f"{name}.{field}": part for field, part in zip(names, weights, strict=True)})
+
+
+def of_image(maps: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+    """Return the maps of one image of a batch.
+
+    Example:
+        >>> of_image({"layer1/SqueezeExcitation": torch.ones(4, 64, 1, 1)}, 2)["layer1/SqueezeExcitation"].shape
+        torch.Size([1, 64, 1, 1])
+    """
+    return {name: weights[index : index + 1] for name, weights in fields(maps)}
+
+
+def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | None) -> Channels | Heat:
+    shape = tuple(weights.shape)
+    if weights.ndim not in (3, 4) or not weights.numel():
+        raise ValueError(
+            f"{name}: weights must be (1, c, 1, 1), (1, c, h, w), (1, n, m) or (1, heads, n, m), got {shape}"
+        )
+    if shape[0] != 1:
+        raise ValueError(
+            f"{name}: weights must be of one image, got {shape[0]} images or windows; of_image(maps, index) chooses"
+        )
+    values = weights.detach().float().cpu()[0]
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: weights must be finite, got NaN or infinity")
+    if values.ndim == 3 and values.shape[1:] == (1, 1):
+        return Channels(name, _note(values, f"{len(values)} channels, bars from their mean"), values.flatten().numpy())
+    if values.ndim == 2 or torch.allclose(values.sum(-1), torch.ones(()), atol=1e-2):
+        try:
+            return _read_query(name, values, image, query, grid)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    height, width = values.shape[1:]
+    if min(height, width) > 1 and not same_stride((height, width), image):
+        raise ValueError(f"{name}: a map of {height}×{width} does not lie on an image of {image[0]}×{image[1]}")
+    mean = values.mean(0)
+    channels = f"mean of {len(values)} channels" if len(values) > 1 else ""
+    return Heat(name, _note(mean, f"{height}×{width}", channels), mean.numpy(), None)
+
+
+def _read_query(name: str, values: Tensor, image: Grid, query: Query, grid: Grid | None) -> Heat:
+    rows = values if values.ndim == 2 else values.mean(0)
+    n, m = rows.shape
+    heads = f"mean of {len(values)} heads" if values.ndim == 3 and len(values) > 1 else ""
+    if n == 1:  # one query that stands nowhere in the image, as that of a pool
+        keys, prefix = _grid(m, grid, image)
+        row, cross, asked = rows[0], None, f"{keys[0]}×{keys[1]}"
+    else:
+        (height, width), lead = _grid(n, grid, image)
+        keys, prefix = key_grid_of(m, (height, width), lead, image)
+        y, x = (int((at + 0.5) / side * cells) for at, side, cells in zip(query, image, (height, width), strict=True))
+        row, asked = rows[lead + y * width + x], f"what ({y}, {x}) of {height}×{width} reads"
+        cross = ((y + 0.5) * image[0] / height, (x + 0.5) * image[1] / width)
+    heat = row[prefix:].reshape(keys)
+    left_out = f"{prefix} prefix token{'s' * (prefix > 1)} left out" if prefix else ""
+    return Heat(name, _note(heat, asked, heads, left_out), heat.numpy(), cross)
+
+
+def _grid(positions: int, given: Grid | None, image: Grid) -> tuple[Grid, int]:
+    if given is None:
+        return grid_of(positions, image)
+    if (prefix := positions - given[0] * given[1]) < 0:
+        raise ValueError(f"grids must name a grid of at most {positions} positions, got {given[0]}×{given[1]}")
+    return given, prefix
+
+
+def _note(values: Tensor, *parts: str) -> str:
+    same = "all the same" if constant(float(values.min()), float(values.max())) else ""
+    return ", ".join(filter(None, (*parts, same)))
+
+
+def _centre(image: Grid, query: Query | None) -> Query:
+    chosen = (image[0] // 2, image[1] // 2) if query is None else query
+    if not all(0 <= at < side for at, side in zip(chosen, image, strict=True)):
+        raise ValueError(f"query must lie inside the image of {image[0]}×{image[1]}, got {chosen}")
+    return chosen
+
+
+def read_maps(
+    maps: Mapping[str, Any], image: Grid, *, query: Query | None = None, grids: Mapping[str, Grid] | None = None
+) -> list[Channels | Heat]:
+    """Return what there is to draw of the maps of one image, in their order.
+
+    Args:
+        maps: What :func:`visattn.record` yields, for a batch of one.
+        image: Height and width of the image that the model saw.
+        query: Row and column of the pixel whose reading is shown where every position reads; None: the centre.
+        grids: Height and width of the queries' grid by name of the map, where the image's aspect does not tell.
+
+    Raises:
+        ValueError: If ``query`` lies outside the image, a shape is none that can be drawn, or no grid fits.
+    """
+    chosen = _centre(image, query)
+    return [_read(name, weights, image, chosen, (grids or {}).get(name)) for name, weights in fields(maps)]
+
+
+def drawable(maps: Mapping[str, Any], image: Grid) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the maps that can be drawn, and by name why each of the others cannot."""
+    good, bad = {}, {}
+    for name, weights in fields(maps):
+        try:
+            read_maps({name: weights}, image)
+            good[name] = weights
+        except ValueError as error:
+            bad[name] = str(error)
+    return good, bad
