@@ -23,7 +23,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "cait": ("cait_xxs24_224", {}),
     "coat": ("coat_tiny", {}),
     "convit": ("convit_tiny", {}),
-    "convmixer": ("convmixer_768_32", {"depth": 2}),
+    "convmixer": ("convmixer_768_32", {}),
     "convnext": ("test_convnext", {}),
     "cpubone": ("cpubone_nano", {}),
     "crossvit": ("crossvit_tiny_240", {}),

@@ -1,0 +1,371 @@
+"""Images with labels, from wherever they lie, as batches for training and evaluation."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+from visattn.data.sources import DataError, Split, download, open_source
+from visattn.data.transforms import Augment, Augmentation, Interpolation, Preprocess, as_seen, spread
+
+ATTEMPTS = 20  # how many images in a row may be unreadable before training gives up
+
+
+class Sample(NamedTuple):
+    """An image and what it shows (its class, its labels, or its name), and images that could not be read, with why."""
+
+    image: Tensor | None
+    target: Any
+    unreadable: dict[str, str]
+
+
+class Samples(Dataset):
+    """The images of a split, transformed.
+
+    An index may come with an epoch. The random numbers of a training image follow from (seed, epoch, index), so the
+    pixels depend neither on the order, nor on the workers, nor on the processes. In training an unreadable image is
+    replaced by one drawn from the same numbers; else it is left out.
+
+    Args:
+        called: What the split is called in messages.
+        split: The images.
+        preprocess: What evaluation does to an image, and the form in which training leaves it.
+        augment: What chance does in training; None: nothing.
+        seed: Where the random numbers start.
+        train: Whether unreadable images are replaced.
+        strict: Whether an unreadable image is an error.
+        names: Whether an image comes with its name and not with its target.
+    """
+
+    def __init__(
+        self,
+        called: str,
+        split: Split,
+        preprocess: Preprocess,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        train: bool = False,
+        strict: bool = False,
+        names: bool = False,
+    ):
+        self.called = called
+        self.split = split
+        self.preprocess = preprocess
+        self.augmentation = Augmentation(augment, preprocess) if augment else None
+        self.seed = seed
+        self.train = train
+        self.strict = strict
+        self.names = names
+        self.unreadable: dict[str, str] = {}
+        """Images that could not be read so far, by name, with why."""
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        seed = self.seed, epoch, index
+        unreadable = {}
+        for attempt in range(ATTEMPTS if self.train else 1):
+            if attempt:
+                index = int(np.random.default_rng((*seed, attempt)).integers(len(self)))
+            try:
+                image = as_seen(self.split.read(index), self.preprocess.input_size[0])
+            except Exception as error:  # decoders raise anything at damaged bytes
+                unreadable[self.split.name(index)] = f"{type(error).__name__}: {error}"
+            else:
+                target = self.split.name(index) if self.names else torch.as_tensor(self.split.targets[index])
+                return Sample(self.transform(image, seed), target, unreadable)
+        return Sample(None, None, unreadable)
+
+    def transform(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
+        return self.augmentation(image, seed) if self.augmentation else self.preprocess(image)
+
+
+def collate(samples: list[Sample]) -> tuple[Any, dict[str, str]]:
+    """Return the batch of the samples that have an image, None where none has, and what was unreadable."""
+    pairs = [(sample.image, sample.target) for sample in samples if sample.image is not None]
+    unreadable = {name: why for sample in samples for name, why in sample.unreadable.items()}
+    return default_collate(pairs) if pairs else None, unreadable
+
+
+class Loader(DataLoader):
+    """Batches of :class:`Samples`; warns of each unreadable image by name and counts them at the end of the epoch."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self.readable(super().__iter__())
+
+    def readable(self, batches: Iterator[Any]) -> Iterator[Any]:
+        samples: Samples = self.dataset  # type: ignore[assignment]
+        unreadable: set[str] = set()
+        given = 0
+        for number, (batch, failed) in enumerate(batches, 1):
+            for name, why in failed.items():
+                if samples.strict:
+                    raise DataError(f"cannot read {name} ({why})")
+                if name not in samples.unreadable:
+                    warnings.warn(f"skipped {name}, which cannot be read ({why})", stacklevel=2)
+                samples.unreadable[name] = why
+            unreadable |= failed.keys()
+            if batch is None and samples.train:
+                raise DataError(f"{ATTEMPTS} images of {samples.called} in a row cannot be read: {', '.join(failed)}")
+            given += batch is not None
+            if number == len(self):  # before the last batch: whoever counts batches asks for no more
+                if unreadable:
+                    epoch = f", epoch {self.sampler.epoch}" if isinstance(self.sampler, Shuffled) else ""
+                    warnings.warn(
+                        f"{samples.called}{epoch}: {len(unreadable)} of {len(samples)} images could not be read and "
+                        f"were {'replaced by others' if samples.train else 'left out'}",
+                        stacklevel=2,
+                    )
+                if not given:
+                    raise DataError(f"none of the {len(samples)} images of {samples.called} can be read")
+            if batch is not None:
+                yield batch
+
+
+class Shuffled(DistributedSampler):
+    """Pairs (epoch, index) in an order that follows from the seed and the epoch, as many for every process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class Once(DistributedSampler):
+    """Every index exactly once over all processes, so that some may get one more than others."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class Images(pl.LightningDataModule):
+    """Images with labels: a folder, an archive, MNIST's files or a known set, split, transformed and batched.
+
+    A folder, or a tar or zip laid out as one, has class folders, or ``train``, ``val`` and ``test`` with class folders
+    in each; a ``classes.txt`` of lines ``folder<TAB>words`` names and orders the classes. A ``labels.csv`` of lines
+    ``filename,label1|label2`` gives images many labels instead. Where only one of ``val`` and ``test`` is there, it
+    serves for both; where neither is, a share of each class is held out. Nothing is written beside the data.
+
+    A compressed tar is unpacked into memory; a plain tar and a zip are read in place.
+
+    Options of the input that are left unset come from :attr:`preprocess`, where that was set before :meth:`setup` (to
+    what a pretrained model expects), else from what suits the images.
+
+    Batches are (images, targets), the targets classes or, with many labels, rows of zeros and ones; for prediction
+    they are (images, names).
+
+    Args:
+        root: A folder, an archive, or the name of a known set: digits (scikit-learn's, always there), MNIST,
+            FashionMNIST, KMNIST, CIFAR10, CIFAR100 or ImageNet.
+        directory: Where a known set lies or is downloaded to.
+        download: Whether to download a known set that is not there.
+        predict_root: A folder, archive or known set to predict, labelled or not; left out, the test split.
+        size: Height and width of the input, or one number for both.
+        in_chans: Channels of the input: 1 for grey, 3 for RGB. Images are converted.
+        mean: Mean of each channel, on the scale from 0 to 1.
+        std: Standard deviation of each channel.
+        interpolation: How images are resized.
+        crop_pct: Share of an image's shortest side that evaluation keeps.
+        augment: What chance does to training images; ``true``: what suits the images (digits are never mirrored),
+            ``false``: nothing.
+        val_fraction: Share of each class that is held out where the data come without ``val`` and ``test``.
+        train_per_class: Train with only so many images of each class, drawn by the seed.
+        val_per_class: Evaluate with only so many images of each class, drawn by the seed.
+        batch_size: Images in a batch, on each device.
+        workers: Processes that load images, on each device; left out, one for each core, at most 8.
+        pin_memory: Whether batches are put where a GPU fetches them faster; left out, where there is a GPU.
+        strict: Whether an unreadable image is an error. Otherwise it is named, skipped and counted.
+        seed: Where the random numbers start: which images are held out or drawn, their order, their augmentation.
+
+    Raises:
+        ValueError: If a value is out of its range; as its subclass ``DataError`` if something is wrong with the data.
+
+    Example:
+        >>> data = Images("digits", batch_size=16, workers=0)
+        >>> data.setup()
+        >>> images, targets = next(iter(data.train_dataloader()))
+        >>> images.shape, targets.shape, data.num_classes
+        (torch.Size([16, 1, 32, 32]), torch.Size([16]), 10)
+    """
+
+    preprocess: Preprocess
+    """How evaluation and inference prepare an image. May be set before ``setup``, which then only overrides options."""
+    labels: list[str]
+    """What each class is called."""
+    multi_label: bool
+    """Whether an image may have many labels."""
+
+    def __init__(
+        self,
+        root: str = "digits",
+        *,
+        directory: str = "data",
+        download: bool = False,
+        predict_root: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        in_chans: Literal[1, 3] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: Interpolation | None = None,
+        crop_pct: float | None = None,
+        augment: Augment | bool = True,
+        val_fraction: float = 0.2,
+        train_per_class: int | None = None,
+        val_per_class: int | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+        pin_memory: bool | None = None,
+        strict: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name, count in (("train_per_class", train_per_class), ("val_per_class", val_per_class)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.root = root
+        self.directory = directory
+        self.download = download
+        self.predict_root = predict_root
+        options = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self.size = (size, size) if isinstance(size, int) else size
+        self.channels = in_chans
+        self.augment = augment
+        self.val_fraction = val_fraction
+        self.per_class = {"train": train_per_class, "val": val_per_class, "test": val_per_class}
+        self.batch_size = batch_size
+        self.workers = workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.strict = strict
+        self.seed = seed
+        self.splits: dict[str, Split] = {}
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the input."""
+        return self.preprocess.input_size[0]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.labels)
+
+    def prepare_data(self) -> None:
+        if self.download:
+            download(self.root, self.directory)
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.splits:
+            source = open_source(self.root, directory=self.directory)
+            self.labels, self.multi_label = source.labels, source.multi_label
+            self.splits = self.divided(source.splits)
+            self.preprocess = self.prepared(getattr(self, "preprocess", None), source.input_size)
+            if self.augment is True:
+                self.augment = source.augment
+            elif self.augment and self.augment.flip is None:
+                self.augment = replace(self.augment, flip=source.augment.flip)
+        if self.predict_root and "predict" not in self.splits:
+            found = open_source(self.predict_root, directory=self.directory, labelled=False).splits
+            self.splits["predict"] = next(found[name] for name in ("predict", "test", "train") if name in found)
+
+    def divided(self, splits: dict[str, Split]) -> dict[str, Split]:
+        """Return the splits, something held out, and no more of each class than was asked for."""
+        if splits.keys() == {"train"}:
+            train, held = splits["train"].hold_out(self.val_fraction, self.seed)
+            if not len(held):
+                what = f"none of the {len(train)} images of {self.root}"
+                raise DataError(f"val_fraction={self.val_fraction} holds out {what}")
+            splits = {"train": train, "val": held}
+        for name, split in splits.items():
+            if (most := self.per_class[name]) is not None:
+                if self.multi_label:
+                    raise ValueError(f"{name}_per_class={most} needs images with one label each; {self.root} has many")
+                splits = {**splits, name: split.at_most(most, self.seed)}
+        return splits
+
+    def prepared(self, given: Preprocess | None, suits: tuple[int, int, int]) -> Preprocess:
+        """Return the preprocessing: the options, then what was given, then what suits the images."""
+        channels, height, width = given.input_size if given else suits
+        input_size = (self.channels or channels, *(self.size or (height, width)))
+        if given:
+            mean, std = spread(given.mean, input_size[0]), spread(given.std, input_size[0])
+        elif input_size[0] == 3:
+            mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        else:
+            mean, std = (0.5,), (0.5,)
+        fields: dict[str, Any] = {"input_size": input_size, "mean": mean, "std": std} | self.options
+        return replace(given, **fields) if given else Preprocess(**fields)
+
+    def samples(self, *called: str, train: bool = False, names: bool = False) -> Samples:
+        """Return the first split there is of these."""
+        if not self.splits:
+            self.setup()
+        found = next((name for name in called if name in self.splits), None)
+        if found is None:
+            raise DataError(f"{self.root} has no {called[0]} split, only {', '.join(self.splits)}")
+        return Samples(
+            found,
+            self.splits[found],
+            self.preprocess,
+            augment=self.augment if train and isinstance(self.augment, Augment) else None,
+            seed=self.seed,
+            train=train,
+            strict=self.strict,
+            names=names,
+        )
+
+    def loader(self, samples: Samples, sampler: DistributedSampler | None) -> Loader:
+        workers = self.workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = min(8, max(1, cores // (self.trainer.num_devices if self.trainer else 1)))
+        return Loader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            persistent_workers=workers > 0,
+            drop_last=isinstance(sampler, Shuffled) and len(sampler) >= self.batch_size,
+        )
+
+    def processes(self) -> dict[str, Any]:
+        """Return how many processes train together, and which of them this is."""
+        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+
+    def train_dataloader(self) -> Loader:
+        samples = self.samples("train", train=True)
+        return self.loader(samples, Shuffled(samples, seed=self.seed, **self.processes()))
+
+    def val_dataloader(self) -> Loader:
+        samples = self.samples("val", "test")
+        return self.loader(samples, Once(samples, **self.processes()))
+
+    def test_dataloader(self) -> Loader:
+        samples = self.samples("test", "val")
+        return self.loader(samples, Once(samples, **self.processes()))
+
+    def predict_dataloader(self) -> Loader:
+        return self.loader(self.samples("predict", "test", "val", names=True), None)  # Lightning divides it itself

@@ -1,0 +1,216 @@
+"""From a picture to what a model reads: one way for evaluation and inference, one for training."""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+ORIENTATION = 0x0112  # the tag of EXIF that says which way is up
+
+
+def as_seen(image: "Image.Image | np.ndarray", channels: int) -> Image.Image:
+    """Return the picture as people see it: upright, opaque (on white), 8 bit, grey or RGB.
+
+    Args:
+        image: Any picture Pillow opens, or uint8 pixels of shape (h, w), (h, w, 1) or (h, w, 3).
+        channels: 1 for grey, 3 for RGB.
+
+    Raises:
+        ValueError: If an array is not uint8 or has another shape.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (1,), (3,)) or image.ndim < 2:
+            raise ValueError(
+                f"pixels must be uint8 of shape (h, w), (h, w, 1) or (h, w, 3), got {image.dtype} {image.shape}"
+            )
+        image = Image.fromarray(image.reshape(image.shape[:2]) if image.shape[2:] == (1,) else image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How evaluation and inference bring any picture into the form a model reads.
+
+    The shortest side is resized so that ``crop_pct`` of it fills the input, the centre is cropped, and the pixels are
+    normalised: the same pixels as from timm's evaluation transform with a centre crop. All fields are plain values.
+
+    Args:
+        input_size: Channels (1 or 3), height and width of the input.
+        mean: Mean of each channel, on the scale from 0 to 1.
+        std: Standard deviation of each channel.
+        interpolation: How the picture is resized, always with antialiasing.
+        crop_pct: Share of the resized picture's shortest side that is kept.
+
+    Raises:
+        ValueError: If a value is out of its range, or ``mean`` and ``std`` do not have one value for each channel.
+
+    Example:
+        >>> Preprocess((1, 32, 32), mean=(0.5,), std=(0.5,))(np.zeros((8, 8), np.uint8)).shape
+        torch.Size([1, 32, 32])
+    """
+
+    input_size: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: Interpolation = "bicubic"
+    crop_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "mean", "std"):  # lists, where they come out of JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.input_size) != 3 or self.input_size[0] not in (1, 3) or min(self.input_size) < 1:
+            raise ValueError(f"input_size must be (1 or 3 channels, height, width), got {self.input_size}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.input_size[0]:
+                raise ValueError(
+                    f"{name} must have {self.input_size[0]} values, one a channel, got {getattr(self, name)}"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if self.interpolation not in Interpolation.__args__:  # type: ignore[attr-defined]
+            raise ValueError(f"interpolation must be nearest, bilinear, bicubic or lanczos, got {self.interpolation!r}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+
+    def __call__(self, image: "Image.Image | np.ndarray") -> Tensor:
+        channels, height, width = self.input_size
+        image = as_seen(image, channels)
+        tall, wide = int(height / self.crop_pct), int(width / self.crop_pct)
+        whole = int if tall == wide else round  # as timm does, to the pixel
+        size = max(wide, whole(tall * image.width / image.height)), max(tall, whole(wide * image.height / image.width))
+        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        return self.normalise(np.array(image.crop((left, top, left + width, top + height))))
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """Return uint8 pixels of shape (h, w) or (h, w, c) as a normalised float tensor of shape (c, h, w)."""
+        x = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous().float()
+        return x.div_(255).sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+
+    @classmethod
+    def of(cls, model: Any) -> "Preprocess":
+        """Return what a timm model was trained to expect, at its own number of channels and its own input size."""
+        from timm.data import resolve_data_config
+
+        config = resolve_data_config(model=model)
+        channels, *size = config["input_size"]
+        first = getattr(model, "pretrained_cfg", {}).get("first_conv")
+        if hasattr(model, "in_chans"):  # also where features_only has renamed its modules
+            channels = model.in_chans
+        elif isinstance(first, str):
+            channels = model.get_submodule(first).weight.shape[1]
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+        return cls(
+            input_size=(channels, *size),
+            mean=spread(config["mean"], channels),
+            std=spread(config["std"], channels),
+            interpolation=config["interpolation"],
+            crop_pct=float(config["crop_pct"]),
+        )
+
+
+def spread(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return one value a channel: the given ones, or their mean everywhere where the channels are others."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What chance does to a training image.
+
+    Args:
+        scale: Least and greatest share of the image's area that a random crop keeps before it is resized.
+        ratio: Least and greatest width over height of that crop.
+        flip: Probability of a mirror image; left out, 0.5, and 0 for sets known to be of digits or letters. Use 0 where
+            left and right mean something.
+        rotate: Greatest angle of a random rotation, in degrees.
+        jitter: Strength of random changes of brightness, contrast and saturation (0.4: factors from 0.6 to 1.4).
+        erase: Probability of filling a random rectangle with the mean colour.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float | None = None
+    rotate: float = 0.0
+    jitter: float = 0.4
+    erase: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two shares in (0, 1], the lesser first, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be two positive numbers, the lesser first, got {self.ratio}")
+        for name, most in (("flip", 1), ("rotate", 180), ("jitter", 1), ("erase", 1)):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= most:
+                raise ValueError(f"{name} must lie between 0 and {most}, got {value}")
+
+
+class Augmentation:
+    """The training transform: :class:`Augment` by Albumentations, then the normalisation of a :class:`Preprocess`.
+
+    Args:
+        augment: What chance does.
+        preprocess: Size, interpolation and normalisation of what comes out.
+
+    Example:
+        >>> turn = Augmentation(Augment(), Preprocess((3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3))
+        >>> turn(np.zeros((8, 8, 3), np.uint8), seed=(0, 1, 2)).shape
+        torch.Size([3, 32, 32])
+    """
+
+    def __init__(self, augment: Augment, preprocess: Preprocess):
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+        import albumentations as A
+        import cv2
+
+        cv2.setNumThreads(0)  # workers are the parallelism
+        channels, height, width = preprocess.input_size
+        interpolation = {
+            "nearest": cv2.INTER_NEAREST,
+            "bilinear": cv2.INTER_LINEAR,
+            "bicubic": cv2.INTER_CUBIC,
+            "lanczos": cv2.INTER_LANCZOS4,
+        }[preprocess.interpolation]
+        factors = 1 - augment.jitter, 1 + augment.jitter
+        steps: list[A.BasicTransform] = []
+        if augment.rotate:
+            steps += [A.Rotate(augment.rotate, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE, p=1)]
+        steps += [
+            A.RandomResizedCrop(
+                (height, width), augment.scale, augment.ratio, interpolation, area_for_downscale="image", p=1
+            )
+        ]
+        if augment.flip != 0:
+            steps += [A.HorizontalFlip(p=0.5 if augment.flip is None else augment.flip)]
+        if augment.jitter:
+            saturation = factors if channels == 3 else (1, 1)
+            steps += [A.ColorJitter(brightness=factors, contrast=factors, saturation=saturation, hue=(0, 0), p=1)]
+        if augment.erase:
+            steps += [A.Erasing(fill=tuple(255 * m for m in preprocess.mean), p=augment.erase)]
+        self.preprocess = preprocess
+        self.steps = A.Compose(steps)
+
+    def __call__(self, image: "Image.Image | np.ndarray", seed: Sequence[int]) -> Tensor:
+        """Return the image under the chance that ``seed``, a few non-negative whole numbers, stands for."""
+        chance = np.random.default_rng(seed)
+        # one stream for all steps: seeded by themselves they would all draw the same numbers
+        self.steps.set_random_state(chance, random.Random(int(chance.integers(2**63))))
+        pixels = np.array(as_seen(image, self.preprocess.input_size[0]))
+        return self.preprocess.normalise(self.steps(image=pixels)["image"])
