@@ -152,6 +152,12 @@ def test_a_backbone_without_the_place_gets_the_next_coarser_one_and_says_so(capl
     assert "VGG has no place 'residual'; using 'blocks' instead" in caplog.text
 
 
+def test_tokens_that_do_not_lie_row_by_row_are_reported(caplog):
+    with caplog.at_level(logging.WARNING, logger="visattn"):
+        insert(timm.create_model("hiera_tiny_224", stages=(1, 1, 1, 1)), SqueezeExcitation, at="blocks")
+    assert "Hiera keeps its tokens in the order of mask units" in caplog.text
+
+
 def test_a_network_that_is_not_timms_is_watched_the_same_way(x):
     model = lively(torchvision.models.resnet18())
     assert [s.name for s in sites(model, "layer2.*")] == ["layer2.0", "layer2.1"]

@@ -237,6 +237,8 @@ def insert(
             raise SurgeryError(f"at must be given: {cls.__name__} has no place in a backbone, it is used inside models")
         at = cls.place
     found = _resolve(_watch(model, input_size), at)
+    if any(site.layout == "tokens" for site in found) and any(type(m).__name__ == "Unroll" for m in model.modules()):
+        log.warning("%s keeps its tokens in the order of mask units: neighbours in a map are none", type(model).__name__)
     made = [(_make_for(make, cls, model, site), site) for site in found]
     for attention, site in made:
         gated = gate == "identity" and not attention.identity_at_init and not attention.replaces

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from timm.layers import EcaModule
+
 from visattn import EfficientChannelAttention
 
 

@@ -11,7 +11,10 @@ def paper(module: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:
     w1, b1, w2, b2 = module.squeeze.weight, module.squeeze.bias, module.excite.weight, module.excite.bias
     for b in range(x.shape[0]):
         z = [sum(v for row in channel for v in row) / channel.numel() for channel in x[b]]
-        hidden = [max(sum(w * v for w, v in zip(ws, z, strict=True)) + bias, torch.zeros(())) for ws, bias in zip(w1, b1, strict=True)]
+        hidden = [
+            max(sum(w * v for w, v in zip(ws, z, strict=True)) + bias, torch.zeros(()))
+            for ws, bias in zip(w1, b1, strict=True)
+        ]
         for c in range(x.shape[1]):
             s = sum(w * v for w, v in zip(w2[c], hidden, strict=True)) + b2[c]
             y[b, c] = x[b, c] / (1 + torch.exp(-s))

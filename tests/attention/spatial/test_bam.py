@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+
 from visattn import BAM
 
 
@@ -138,6 +139,6 @@ def test_refuses_a_dilation_that_is_not_positive():
         BAM(64, dilation=0)
 
 
-def test_refuses_an_unknown_way_to_combine():
+def test_refuses_an_unknown_way_to_combine(unchecked):
     with pytest.raises(ValueError, match="combine must be 'sum' or 'product', got 'max'"):
         BAM(64, combine="max")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
+
 from visattn import CBAM, ChannelGate, SpatialGate
 from visattn.attention.spatial import cbam
 
@@ -186,7 +187,7 @@ def test_gradients_can_be_differentiated_again(order, weights_apart):
     assert torch.autograd.gradgradcheck(call, x)
 
 
-def test_works_under_the_transforms_of_torch_func_and_under_tracers():
+def test_works_under_the_transforms_of_torch_func_and_under_tracers(unchecked):
     module, x = lively(CBAM(64)), torch.randn(2, 64, 5, 7)
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(module(leaf).square().sum(), leaf)
@@ -236,6 +237,6 @@ def test_refuses_a_kernel_without_a_middle(cls, kernel_size):
         cls(64, kernel_size=kernel_size)
 
 
-def test_refuses_an_unknown_order():
+def test_refuses_an_unknown_order(unchecked):
     with pytest.raises(ValueError, match="order must be 'channel-spatial' or 'spatial-channel', got 'parallel'"):
         CBAM(64, order="parallel")

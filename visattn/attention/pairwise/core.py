@@ -42,7 +42,8 @@ class Softmax(nn.Module):
     def weights(self, query: Float[Tensor, "b n d"], key: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
         """Logits and softmax in at least float32, under autocast too: unscaled logits overflow in float16."""
         dtype, device = torch.promote_types(query.dtype, torch.float32), query.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if lowered else nullcontext():
             wide = query.to(dtype) if self.scale == 1 else query.to(dtype) * self.scale
             logits = torch.bmm(wide, key.to(dtype).mT)
         return logits.softmax(-1).to(query.dtype)
@@ -62,7 +63,7 @@ class Softmax(nn.Module):
             size = query.shape[0] * query.shape[1] * key.shape[1]
             if size <= SMALL * (1 + padding / 32 + (width / 256) ** 2):
                 return read(value, self.weights(query, key))
-        if cpu:
+        if cpu and query.shape[2] != features:
             query, key, value = (F.pad(x, (0, width - x.shape[2])) for x in (query, key, value))
         query, key, value = (x.contiguous()[:, None] for x in (query, key, value))  # as the kernels want them
         return F.scaled_dot_product_attention(query, key, value, scale=self.scale)[:, 0, :, :features]

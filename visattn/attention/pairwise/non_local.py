@@ -95,24 +95,26 @@ class NonLocal(Attention):
         return True
 
     def attend(self, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b n m"]:
-        return self.affinity.weights(self._query(x), self._memory(x, self.key))
+        return self.affinity.weights(self._query(x), self._memory(self._source(x), self.key))
 
     def read(self, x: Float[Tensor, "b c *space"], *, weights: Float[Tensor, "b n m"]) -> Float[Tensor, "b c *space"]:
-        return self._write(x, read(self._memory(x, self.value), weights))
+        return self._write(x, read(self._memory(self._source(x), self.value), weights))
 
     def forward(self, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *space"]:
-        query, key, value = self._query(x), self._memory(x, self.key), self._memory(x, self.value)
+        source = self._source(x)
+        query, key, value = self._query(x), self._memory(source, self.key), self._memory(source, self.value)
         return self._write(x, self.affinity.read(query, key, value))
 
     def _query(self, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b n d"]:
         return self.query(x.flatten(2)).mT
 
-    def _memory(self, x: Float[Tensor, "b c *space"], project: nn.Module) -> Float[Tensor, "b m d"]:
-        if self.subsample == "pre":
-            x = halve(x)
-        projected = project(x.flatten(2))
+    def _source(self, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *coarse"]:
+        return halve(x) if self.subsample == "pre" else x
+
+    def _memory(self, source: Float[Tensor, "b c *coarse"], project: nn.Module) -> Float[Tensor, "b m d"]:
+        projected = project(source.flatten(2))
         if self.subsample == "post":
-            projected = halve(projected.unflatten(2, x.shape[2:])).flatten(2)
+            projected = halve(projected.unflatten(2, source.shape[2:])).flatten(2)
         return projected.mT
 
     def _write(self, x: Float[Tensor, "b c *space"], y: Float[Tensor, "b n d"]) -> Float[Tensor, "b c *space"]:

@@ -95,4 +95,4 @@ class SelfAttention2d(Attention):
         return projected.mT
 
     def _write(self, x: Float[Tensor, "b c h w"], y: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
-        return (x + self.gamma * self.out(y.mT).view(x.shape)).to(x.dtype)
+        return x + self.out(self.gamma * y.mT).view(x.shape).to(x.dtype)  # the gain where the map is narrow

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -76,4 +75,4 @@ class BAM(Attention):
         return (channel + spatial if self.combine == "sum" else channel * spatial).sigmoid()
 
     def read(self, x: Float[Tensor, "b c h w"], *, weights: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return torch.addcmul(x, x, weights)
+        return x * (1 + weights)

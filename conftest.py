@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one thread each, the data beside the project, checks of shapes switched off for compilers."""
+"""Fixtures for all tests and doctests: one thread, the data beside the project, shapes unchecked for compilers."""
 
 import os
 from collections.abc import Iterator
@@ -15,6 +15,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _names(doctest_namespace):
+    doctest_namespace["torch"] = torch
 
 
 @pytest.fixture
