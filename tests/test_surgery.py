@@ -516,3 +516,16 @@ def test_real_pretrained_weights_predict_the_same_after_insertion(shared):
         for make in INSERTABLE:
             assert torch.equal(insert(model, make)(image), before)
         assert torch.equal(remove(model)(image), before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_runs_in_onnxruntime_with_any_batch(cbam, x, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    insert(cbam, NonLocal, at="stages[2]")
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(cbam, (x,), file, dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    images = torch.randn(5, *x.shape[1:])
+    (output,) = onnxruntime.InferenceSession(file).run(None, {"x": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), cbam(images), rtol=1e-3, atol=1e-4)

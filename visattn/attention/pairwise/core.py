@@ -54,7 +54,8 @@ class Softmax(nn.Module):
         """Equal ``weights(query, key) @ value``, without the matrix where that is faster or the matrix is large.
 
         The fused kernel of the CPU takes one width only, so the narrower side is padded with zeros there. They cost
-        time, which moves the size from which the kernel is faster. A graph is the same for all sizes.
+        time, which moves the size from which the kernel is faster. A compiled graph is the same for all sizes.
+        The kernels have no second derivative; the matrix has.
         """
         features, cpu = value.shape[2], query.device.type == "cpu"
         width = max(query.shape[2], features)
