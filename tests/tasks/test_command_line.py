@@ -1,0 +1,229 @@
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import visattn
+from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, with_packaged_configs
+
+ROOT = Path(__file__).parents[2]
+FEW = (
+    "--data.size 32 --data.train_per_class 8 --data.val_per_class 4 --data.batch_size 16 --trainer.max_epochs {epochs}"
+)
+TINY = (
+    "--config quickstart.yaml --model.backbone test_resnet --model.backbone_args null --trainer.accelerator cpu " + FEW
+)
+QUIET = " --trainer.enable_progress_bar false --trainer.enable_model_summary false"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VISATTN_TRACEBACK", raising=False)
+
+
+def tiny(command: str, more: str = "", *, epochs: int = 1) -> list[str]:
+    return shlex.split(f"{command} {TINY.format(epochs=epochs)}{QUIET} {more}")
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    for _ in range(3000):
+        if file.exists():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError(f"{file} did not appear")
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_its_run_and_test_finds_it(tmp_path, capsys):
+    run_cli(tiny("fit"))
+    run = tmp_path / "runs/quickstart/version_0"
+    left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    model = {f"model/{name}" for name in ("card.md", "config.json", "model.safetensors", "visattn.safetensors")}
+    assert (
+        left == {"config.yaml", "hparams.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} | model
+    )
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["attention"]["init_args"]["reduction"] == 8
+    assert "- Command: `" in (run / "model/card.md").read_text()
+    metrics = (run / "metrics.csv").read_text()
+
+    run_cli(tiny("test", "--ckpt_path best"))
+    assert (run / "per_class.csv").is_file()
+    run_cli(tiny("predict", "--ckpt_path last"))
+    assert len((run / "predictions.csv").read_text().splitlines()) == 41
+    assert (run / "metrics.csv").read_text() == metrics
+    assert not (tmp_path / "runs/quickstart/version_1").exists()
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    run_cli(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert len((run / "metrics.csv").read_text().splitlines()) > len(metrics.splitlines())
+    config["trainer"]["max_epochs"] = 2
+    assert yaml.safe_load((run / "config.yaml").read_text()) == config
+    run_cli(tiny("fit"))
+    assert (tmp_path / "runs/quickstart/version_1/model").is_dir()
+
+
+def test_short_names_put_modules_in(tmp_path):
+    two = "--model.attention null --model.attention+=CBAM --model.attention+=NonLocal --model.attention.reduction 4"
+    at = """--model.at '["blocks", "stages[-1]"]'"""
+    run_cli(tiny("fit", f"{two} {at} --trainer.limit_train_batches 1"))
+    model = visattn.load(tmp_path / "runs/quickstart/version_0/model")
+    assert [type(i.attention).__name__ for i in visattn.insertions(model)] == ["CBAM"] * 4 + ["NonLocal"]
+    assert visattn.insertions(model)[-1].attention.arguments["reduction"] == 4
+
+
+def test_trained_weights_say_how_images_are_prepared(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda model, **_: seen.setdefault("model", model))
+    run_cli(
+        tiny("fit", "--model.pretrained true --model.backbone test_resnet.r160_in1k --trainer.limit_train_batches 1")
+    )
+    assert seen
+    transform = visattn.load(tmp_path / "runs/quickstart/version_0/model").transform
+    assert transform.input_size == (3, 32, 32)
+    assert (transform.crop_pct, transform.interpolation) == (0.95, "bilinear")
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--model.backbone resnt18", "backbone 'resnt18' is not known to timm; close: resnet18, .*"),
+        ("--model.attention CBAMM", "model.attention: there is no 'CBAMM', but CBAM, BAM"),
+        ("--model.attention visattn.CBAMM", "model.attention: there is no 'CBAMM', but CBAM, BAM"),
+        ("--model.attention CBAM --model.attention.reductoin 8", "model.attention: CBAM has no option 'reductoin'"),
+        ("--model.attention CBAM --model.attention.reduction two", "model.attention: .*reduction.*Expected a int.*two"),
+        ("--model.attention.reduction 999", "reduction must lie between 1 and channels=.*, got 999"),
+        ("--model.atention CBAM", "unrecognized arguments: --model.atention CBAM"),
+        ("--model.at nowhere", "at='nowhere' matches no module; .*"),
+        ("--model.gate idnetity", "model.gate: must be one of \\['identity'\\] or null, got idnetity"),
+        ("--trainer.max_epochs two", "trainer.max_epochs: must be int or null, got two"),
+        ("--data.root nowhere/", "root must be a folder, .*'nowhere/' does not exist"),
+        ("--ckpt_path last", "ckpt_path=last: no run in runs/quickstart has a last checkpoint"),
+        ("--ckpt_path nowhere.ckpt", "ckpt_path=nowhere.ckpt: there is no such file"),
+        ("--config nowhere.yaml", '.*"config": File does not exist: .*nowhere.yaml.*'),
+    ],
+)
+def test_an_error_is_one_line(more, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(tiny("fit", more))
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(f"error: {message}", last), last
+
+
+def test_the_traceback_is_there_for_who_asks(monkeypatch):
+    monkeypatch.setenv("VISATTN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="is not known to timm"):
+        run_cli(tiny("fit", "--model.backbone resnt18"))
+
+
+def test_an_error_without_words_is_named():
+    assert one_line(KeyError()) == "KeyError()"
+
+
+# --- names of files ---------------------------------------------------------------------------------------------------
+
+
+def test_packaged_configurations_are_found_by_name(tmp_path):
+    packaged = str(ROOT / "configs/quickstart.yaml")
+    assert with_packaged_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", packaged]
+    assert with_packaged_configs(["fit", "--config=quickstart.yaml"]) == ["fit", f"--config={packaged}"]
+    assert with_packaged_configs(["fit", "-c", "x/quickstart.yaml"]) == ["fit", "-c", "x/quickstart.yaml"]
+    assert with_packaged_configs(["quickstart.yaml"]) == ["quickstart.yaml"]
+    (tmp_path / "quickstart.yaml").touch()
+    assert with_packaged_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", "quickstart.yaml"]
+
+
+def test_last_is_that_of_the_newest_run(tmp_path):
+    for number in (2, 10):
+        (tmp_path / f"version_{number}/checkpoints").mkdir(parents=True)
+        (tmp_path / f"version_{number}/checkpoints/last.ckpt").touch()
+    (tmp_path / "version_11/checkpoints").mkdir(parents=True)
+    file = find_checkpoint("last", tmp_path)
+    assert file == tmp_path / "version_10/checkpoints/last.ckpt"
+    assert run_of(file) == (tmp_path, 10)
+    assert run_of(tmp_path / "last.ckpt") is run_of(None) is None
+
+
+# --- processes that end and processes that are two --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    finish(start(tiny("fit", "--trainer.default_root_dir whole --model.mixup 0.2", epochs=4)))
+    parts = tiny("fit", "--trainer.default_root_dir parts --model.mixup 0.2", epochs=4)
+    process = start(parts)
+    wait_for(tmp_path / "parts/version_0/checkpoints/last.ckpt", process)
+    process.kill()
+    process.communicate()
+    finish(start([*parts, "--ckpt_path", "last"]))
+    whole, resumed = (
+        torch.load(tmp_path / f"{name}/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = start(tiny("fit", epochs=100))
+    wait_for(tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    command = re.search(r"go on: python (.*)", said)
+    assert command, said
+    visattn.load(tmp_path / "runs/quickstart/version_0/model")
+    script, *arguments = shlex.split(command[1])
+    assert script == str(ROOT / "train.py")
+    checkpoint = torch.load(arguments[-1], weights_only=True)
+    finish(start([*arguments, "--trainer.max_epochs", str(checkpoint["epoch"] + 2)]))
+    last = torch.load(tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] > checkpoint["global_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "accelerator",
+    ["cpu", pytest.param("gpu", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+)
+def test_two_processes_train_together(accelerator, tmp_path):
+    more = f"--trainer.accelerator {accelerator} --trainer.devices 2 --trainer.strategy ddp"
+    more += " --trainer.sync_batchnorm true" if accelerator == "gpu" else ""
+    finish(start(tiny("fit", more, epochs=2)))
+    assert [path.name for path in (tmp_path / "runs/quickstart").iterdir()] == ["version_0"]
+    run = tmp_path / "runs/quickstart/version_0"
+    assert (
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    )  # 80 images, 2 × 16, the rest dropped
+    assert f"on 2 × {'cuda' if accelerator == 'gpu' else 'cpu'}" in (run / "model/card.md").read_text()
+    finish(start(tiny("test", f"{more} --ckpt_path last")))
+    rows = (run / "per_class.csv").read_text().splitlines()[1:]
+    assert sum(int(row.rpartition(",")[2]) for row in rows) == 40

@@ -1,0 +1,110 @@
+import csv
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from timm.layers import SyncBatchNormAct
+from torch import nn
+
+import visattn
+from visattn.surgery import insertions
+from visattn.tasks import Classification, RunError
+from visattn.tasks.run import Log, Predictions, TimmSyncBatchNorm, WholeFiles, newest_checkpoint
+
+
+class Room:
+    """No file may grow beyond so many bytes: what a full disk looks like to who writes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    files, path = WholeFiles(), tmp_path / "last.ckpt"
+    files.save_checkpoint({"step": 1}, path)
+    state = {"step": 2, "weights": torch.zeros(100_000)}
+    with (
+        Room(50_000),
+        pytest.raises(RunError, match=r"last.ckpt cannot be written \(.*File too large\); the one before it is whole"),
+    ):
+        files.save_checkpoint(state, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    with Room(50_000), pytest.raises(RunError, match=r"other.ckpt cannot be written .*; earlier ones are whole"):
+        files.save_checkpoint(state, tmp_path / "other.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_disk_that_fills_up_in_training_ends_it_and_leaves_what_was_saved(digits, trainer, tmp_path, capsys):
+    room = Room(50_000)
+
+    class FillUp(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                room.__enter__()
+
+    try:
+        with pytest.raises(RunError, match="cannot be written"):
+            trainer(FillUp(), max_epochs=2).fit(Classification("test_resnet"), datamodule=digits())
+    finally:
+        room.__exit__()
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints/last.ckpt'}" in capsys.readouterr().err
+    visattn.load(tmp_path / "checkpoints/last.ckpt")
+
+
+def test_converting_to_synchronised_norms_keeps_what_is_inserted():
+    task = Classification("test_byobnet", attention=visattn.CBAM, backbone_args={"num_classes": 10, "in_chans": 1})
+    task.configure_model()
+    called = []
+    for inserted in insertions(task.model):
+        inserted.register_forward_hook(lambda module, args, output: called.append(module))
+    TimmSyncBatchNorm().apply(task)
+    assert any(isinstance(module, SyncBatchNormAct) for module in task.model.modules())
+    assert not any(
+        isinstance(module, nn.BatchNorm2d) and "visattn" not in n for n, module in task.model.named_modules()
+    )
+    task.eval()(torch.randn(2, 1, 32, 32))
+    assert called == insertions(task.model)
+    assert TimmSyncBatchNorm().revert(task) is task
+
+
+def test_the_log_goes_on_where_it_left_off(tmp_path):
+    for step, metrics in ((0, {"loss": 2.0}), (1, {"loss": 1.0, "top1": 0.5})):
+        log = Log(tmp_path, name="", version=0)
+        log.log_metrics(metrics, step)
+        log.save()
+    rows = list(csv.DictReader(Path(log.log_dir, "metrics.csv").read_text().splitlines()))
+    assert rows == [{"step": "0", "loss": "2.0", "top1": ""}, {"step": "1", "loss": "1.0", "top1": "0.5"}]
+
+
+def test_the_last_checkpoint_is_the_newest(tmp_path):
+    assert newest_checkpoint(tmp_path, "last") is None
+    for name in ("interrupted.ckpt", "last.ckpt", "best.ckpt"):
+        (tmp_path / name).touch()
+
+    os.utime(tmp_path / "interrupted.ckpt", (1, 1))
+    assert newest_checkpoint(tmp_path, "last") == tmp_path / "last.ckpt"
+    os.utime(tmp_path / "last.ckpt", (0, 0))
+    assert newest_checkpoint(tmp_path, "last") == tmp_path / "interrupted.ckpt"
+    assert newest_checkpoint(tmp_path, "best") == tmp_path / "best.ckpt"
+
+
+def test_predictions_name_the_images_and_their_best_labels(digits, trainer, tmp_path):
+    task, data = Classification("test_resnet"), digits()
+    probabilities = trainer(Predictions(most=3)).predict(task, datamodule=data)
+    rows = list(csv.reader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert rows[0] == ["image", "label1", "probability1", "label2", "probability2", "label3", "probability3"]
+    assert len(rows) == 41
+    best = torch.cat(probabilities).topk(3)
+    assert rows[1][1::2] == [task.labels[i] for i in best.indices[0]]
+    assert rows[1][2::2] == [f"{p:.4f}" for p in best.values[0]]
+    assert len({row[0] for row in rows}) == 41

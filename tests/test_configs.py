@@ -1,0 +1,39 @@
+"""Every configuration that ships fits the signatures, and says at its top what it does, on what, and how well."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from visattn.tasks.command_line import CommandLine
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+class Parsed(CommandLine):
+    """Reads a configuration and makes nothing of it."""
+
+    def instantiate_classes(self) -> None:
+        self.trainer = self.model = self.datamodule = None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_parses(file):
+    config = Parsed(["fit", "--config", str(file)]).config["fit"]
+    assert config["model"]["backbone"]
+    assert config["trainer"]["default_root_dir"].startswith("runs/")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_says_command_hardware_time_and_metric(file):
+    header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(rf"python train.py fit --config configs/{file.name}", header)
+    for what in ("Hardware", "Time", "Metric"):
+        assert re.search(rf"^# {what}: \S", header, re.MULTILINE), what
+
+
+def test_there_are_some():
+    assert {file.stem for file in CONFIGS} >= {"quickstart", "classify_cifar10", "classify_folder", "classify_imagenet"}

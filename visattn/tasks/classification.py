@@ -1,0 +1,483 @@
+"""Say what an image shows: a timm backbone with attention in it, trained by Lightning."""
+
+import csv
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import timm
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
+from rich.console import Console
+from rich.table import Table
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassStatScores,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+    MultilabelStatScores,
+)
+
+from visattn import attention as zoo
+from visattn.attention import Attention
+from visattn.checkpoint import describe
+from visattn.data.transforms import Preprocess
+from visattn.surgery import insert, insertions
+from visattn.tasks.run import RunError, folder
+
+MakeAttention = Callable[[int], Attention]
+
+
+class Classification(pl.LightningModule):
+    """Train a backbone, with attention inserted, to say what an image shows.
+
+    The network, ``model``, is built when a trainer (or ``load_from_checkpoint``) asks for it, because the data says how
+    many classes and channels there are. Without a data module, give ``num_classes`` in ``backbone_args``.
+
+    Without ``schedule``, the learning rate rises linearly during the first part of all steps and falls to zero along a
+    cosine. Norms, biases and gates have no weight decay.
+
+    Args:
+        backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
+        pretrained: Whether the backbone starts with its trained weights.
+        backbone_args: Arguments of ``timm.create_model``, such as ``drop_path_rate``. ``num_classes`` and ``in_chans``
+            come from the data unless they are given here.
+        attention: What to insert: an attention class with its options, or several.
+        at: Where, in the grammar of ``visattn.sites``; left out, where the module's paper puts it. With several
+            modules, a list gives the place of each.
+        gate: ``"identity"`` leaves the output of the backbone unchanged at first; None inserts as in the paper.
+        freeze_backbone: Train the classifier and what is inserted only; the rest stays in evaluation mode.
+        label_smoothing: Share of the target that is spread over all classes.
+        mixup: Parameter of the beta distribution that mixes pairs of images; 0 mixes none, nor does an odd batch.
+        cutmix: The same for pasting a part of one image into another.
+        class_weights: Weight of each class in the loss (of its positives, where an image has many labels).
+        multi_label: Whether an image may have any number of labels; left out, as the data says.
+        optimizer: An optimizer with its options.
+        schedule: A schedule of torch with its options, stepped after every epoch.
+        warmup: Share of all steps in which the learning rate rises, without ``schedule``.
+        attention_lr_factor: Learning rate of what is inserted, relative to that of the backbone.
+        penalty_factor: Weight in the loss of the penalties that modules put on their weights.
+        channels_last: Whether feature maps lie in memory with the channels last: faster on most GPUs.
+        compile: Whether to compile the network by ``torch.compile``.
+
+    Raises:
+        ValueError: If timm knows no such backbone, or an option does not fit the data.
+    """
+
+    model: Any
+    num_classes: int
+    mix: Mixup | None
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        pretrained: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        attention: list[MakeAttention] | MakeAttention | None = None,
+        at: list[str] | str | None = None,
+        gate: Literal["identity"] | None = "identity",
+        freeze_backbone: bool = False,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        class_weights: list[float] | None = None,
+        multi_label: bool | None = None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+        warmup: float = 0.05,
+        attention_lr_factor: float = 1.0,
+        penalty_factor: float = 1.0,
+        channels_last: bool = False,
+        compile: bool = False,
+    ):
+        super().__init__()
+        if ":" not in backbone and not timm.is_model(backbone.partition(".")[0]):
+            close = ", ".join(get_close_matches(backbone, timm.list_models(), n=3))
+            hint = f"close: {close}" if close else "timm.list_models() lists the names"
+            raise ValueError(f"backbone {backbone!r} is not known to timm; {hint}")
+        for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        modules = attention if isinstance(attention, list) else [attention] if attention else []
+        if isinstance(attention, list) and isinstance(at, list) and len(at) != len(attention):
+            raise ValueError(f"at must give one place for each of the {len(attention)} modules, got {len(at)}")
+
+        self.save_hyperparameters(ignore=["_instantiator"])
+        named = [_named(make, "attention") for make in modules]
+        self.hparams.update(
+            attention=named if isinstance(attention, list) else named[0] if named else None,
+            optimizer=_named(optimizer, "optimizer"),
+            schedule=_named(schedule, "schedule") if schedule else None,
+        )
+        self.insert = modules
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.pretrained = pretrained
+        self.labels: list[str] | None = None
+        self.preprocess: Preprocess | None = None
+        self.description: dict[str, Any] | None = None
+
+    # --- the network --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        h = self.hparams
+        data = getattr(self._trainer, "datamodule", None)
+        known = {name: getattr(data, name) for name in ("num_classes", "in_chans") if hasattr(data, name)}
+        h["backbone_args"] = known | (h["backbone_args"] or {})
+        if "num_classes" not in h["backbone_args"]:
+            raise ValueError("num_classes must be given in backbone_args, since there is no data module that says it")
+        if h["multi_label"] is None:
+            h["multi_label"] = bool(getattr(data, "multi_label", False))
+        self.labels, self.preprocess = getattr(data, "labels", None), getattr(data, "preprocess", None)
+
+        # without a trainer, or on the way to a checkpoint, the weights come from elsewhere
+        pretrained = self.pretrained and self._trainer is not None
+        config = timm.get_pretrained_cfg(h["backbone"]) if ":" not in h["backbone"] else None
+        if pretrained and config and not config.has_weights:
+            raise ValueError(f"pretrained must be false for backbone {h['backbone']!r}: timm has no weights of it")
+        model: Any = timm.create_model(h["backbone"], pretrained=pretrained, **h["backbone_args"])
+        if pretrained and model.num_classes != model.pretrained_cfg.get("num_classes"):
+            for head in _heads(model):  # some of timm's start with logits so large that unlearning them takes epochs
+                if isinstance(head, (nn.Linear, nn.Conv2d)):
+                    nn.init.trunc_normal_(head.weight, std=0.01)
+        size = self.preprocess.input_size if self.preprocess else None
+        for number, make in enumerate(self.insert):
+            at = h["at"][number] if isinstance(h["attention"], list) and isinstance(h["at"], list) else h["at"]
+            insert(model, make, at=at, gate=h["gate"], input_size=size)
+        self.num_classes = model.num_classes
+        self._check_classes()
+        if h["channels_last"]:
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model
+        if h["freeze_backbone"]:
+            model.requires_grad_(False)
+            for module in self._trained():
+                module.requires_grad_(True)
+            self.train(self.training)
+        if h["compile"]:
+            model.compile()
+        mixes = h["mixup"] > 0 or h["cutmix"] > 0
+        self.mix = (
+            Mixup(
+                h["mixup"], h["cutmix"], label_smoothing=0.0, num_classes=self.num_classes, multi_label=h["multi_label"]
+            )
+            if mixes
+            else None
+        )
+        weights = h["class_weights"]
+        self.register_buffer("class_weights", torch.tensor(weights) if weights else None, persistent=False)
+        scores = self._scores()
+        self.val_scores, self.test_scores = scores.clone("val/"), scores.clone("test/")
+        self.per_class = (
+            MultilabelStatScores(self.num_classes, average=None)
+            if h["multi_label"]
+            else MulticlassStatScores(self.num_classes, average=None)
+        )
+
+    def expects(self) -> Preprocess | None:
+        """Return what the trained weights of the backbone expect of an image; None where it starts with none."""
+        args = self.hparams["backbone_args"] or {}
+        return Preprocess.of(timm.create_model(self.hparams["backbone"], **args)) if self.pretrained else None
+
+    def _check_classes(self) -> None:
+        for name, given in (("labels", self.labels), ("class_weights", self.hparams["class_weights"])):
+            if given is not None and len(given) != self.num_classes:
+                raise ValueError(f"{name} must have one entry for each of {self.num_classes} classes, got {len(given)}")
+
+    def _trained(self) -> Iterator[nn.Module]:
+        """What trains where the backbone is frozen."""
+        yield from _heads(self.model)
+        for inserted in insertions(self.model):
+            yield inserted
+            yield inserted.attention
+
+    def _scores(self) -> MetricCollection:
+        if self.hparams["multi_label"]:
+            mean_precision = MultilabelAveragePrecision(self.num_classes)
+            return MetricCollection({"mAP": mean_precision, "f1": MultilabelF1Score(self.num_classes)})
+        tops = [k for k in (1, 5) if k == 1 or k < self.num_classes]
+        return MetricCollection(
+            {f"top{k}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for k in tops},
+            compute_groups=False,
+        )
+
+    def train(self, mode: bool = True) -> "Classification":
+        super().train(mode)
+        if mode and hasattr(self, "model") and self.hparams["freeze_backbone"]:
+            self.model.eval()
+            for module in self._trained():
+                module.train()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.hparams["channels_last"]:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.model(images)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # here, where the batch still lies in the memory of the host: on a GPU a label out of range kills the process
+        if isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+            labels, classes = batch[1], self.num_classes
+            if self.hparams["multi_label"]:
+                if labels.shape[1:] != (classes,):
+                    raise ValueError(
+                        f"labels must be of shape (b, {classes}), one column a class, got {tuple(labels.shape)}"
+                    )
+            elif len(bad := labels[(labels < 0) | (labels >= classes)]):
+                raise ValueError(
+                    f"label {int(bad[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}"
+                )
+        return batch
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.hparams["label_smoothing"] if self.training else 0.0
+        if self.hparams["multi_label"]:
+            targets = targets * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), pos_weight=self.class_weights)
+        return F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=smoothing)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if seed := os.environ.get("PL_GLOBAL_SEED"):  # so that a resumed run draws what an uninterrupted one would
+            place = (int(seed), self.current_epoch, batch_idx, self.global_rank)
+            drawn = [int(number) for number in np.random.SeedSequence(place).generate_state(2)]
+            torch.manual_seed(drawn[0])
+            np.random.seed(drawn[1])  # noqa: NPY002 - what timm's Mixup draws from
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        if self.mix and len(images) % 2 == 0:
+            images, targets = self.mix(images, targets)
+        with _penalties(self.model) as penalties:
+            loss = self.loss(self(images), targets)
+        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+        if penalties:
+            penalty = torch.stack(list(penalties.values())).sum()
+            self.log("train/penalty", penalty)
+            loss = loss + self.hparams["penalty_factor"] * penalty
+        if not loss.isfinite():
+            raise RunError(f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})")
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        inserted = getattr(self.model, "visattn", None)
+        for name, module in inserted.items() if inserted is not None else ():
+            if module.gate is not None:
+                self.log(f"gate/{name.replace('__', '.')}", module.gate.detach().float().squeeze())
+
+    def _evaluate(self, batch: Sequence[Tensor], stage: str, scores: MetricCollection) -> tuple[Tensor, Tensor]:
+        images, targets = batch
+        logits = self(images).float()
+        self.log(f"{stage}/loss", self.loss(logits, targets), prog_bar=True, sync_dist=True, batch_size=len(images))
+        targets = targets.int()
+        scores.update(logits, targets)
+        self.log_dict(scores, prog_bar=True, batch_size=len(images))
+        return logits, targets
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_scores)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.per_class.update(*self._evaluate(batch, "test", self.test_scores))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the probabilities."""
+        logits = self(batch[0] if isinstance(batch, (list, tuple)) else batch).float()
+        return logits.sigmoid() if self.hparams["multi_label"] else logits.softmax(-1)
+
+    def on_test_epoch_end(self) -> None:
+        rows = _report(self.per_class.compute(), self.labels or [str(k) for k in range(self.num_classes)])
+        self.per_class.reset()
+        if not self.trainer.is_global_zero:
+            return
+        file = folder(self.trainer) / "per_class.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        _print(rows, file)
+
+    # --- optimization -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        h = self.hparams
+        ours = {id(p) for i in insertions(self.model) for part in (i, i.attention) for p in part.parameters()}
+        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                decays = p.ndim > 1 and not name.endswith("bias") and name not in exempt
+                groups[id(p) in ours, decays].append(p)
+        optimizer = self.optimizer(
+            [{"params": params} | ({} if decays else {"weight_decay": 0.0}) for (_, decays), params in groups.items()]
+        )
+        for (inserted, _), group in zip(groups, optimizer.param_groups, strict=True):
+            if inserted:
+                group["lr"] *= h["attention_lr_factor"]
+        if self.schedule:
+            return LightningCLI.configure_optimizers(self, optimizer, self.schedule(optimizer))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "max_epochs or max_steps must be set: without schedule, the learning rate falls until the end"
+            )
+        schedule = LambdaLR(optimizer, partial(warmup_cosine, steps=int(steps), warmup=round(h["warmup"] * steps)))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What ``visattn.save`` is told beside the network."""
+        task = "multi-label classification" if self.hparams["multi_label"] else "classification"
+        args = self.hparams["backbone_args"]
+        return {"labels": self.labels, "transform": self.preprocess, "task": task, "model_args": args}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.description is None:
+            self.description = describe(self.model, **self.described)
+        checkpoint["visattn"] = self.description
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classification":
+        """Load as Lightning does; classes that are neither this package's nor torch's are given as options."""
+        held = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        known = {"attention": zoo, "optimizer": torch.optim, "schedule": torch.optim.lr_scheduler}
+        made = {name: _called(held[name], module, name) for name, module in known.items() if name not in kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **made | kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs = checkpoint.get("hyper_parameters", {}).get("backbone")
+        if theirs is not None and theirs != self.hparams["backbone"]:
+            raise ValueError(f"the checkpoint holds backbone {theirs!r}, the model has {self.hparams['backbone']!r}")
+        mine, other = ({k: v.shape for k, v in d.items()} for d in (self.state_dict(), checkpoint["state_dict"]))
+        if different := sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)):
+            name = different[0]
+            shapes = [tuple(d[name]) if name in d else "absent" for d in (other, mine)]
+            raise ValueError(
+                f"the checkpoint holds another network than this {self.hparams['backbone']}: "
+                f"{name} is {shapes[0]} there and {shapes[1]} here ({len(different)} differ)"
+            )
+        block = checkpoint.get("visattn", {}).get("visattn", {})
+        if self.labels is not None and block.get("labels") is not None and list(self.labels) != block["labels"]:
+            there, here = next(pair for pair in zip(block["labels"], self.labels, strict=True) if pair[0] != pair[1])
+            raise ValueError(f"the checkpoint has other labels than the data: {there!r} where the data has {here!r}")
+        self.labels = self.labels or block.get("labels")
+        if self.preprocess is None and block.get("transform"):
+            self.preprocess = Preprocess(**block["transform"])
+
+
+def _heads(model: nn.Module) -> tuple[Any, ...]:
+    """The classifiers of a backbone; some have one more for distillation."""
+    head = model.get_classifier()  # type: ignore[operator]
+    return tuple(head) if isinstance(head, (list, tuple)) else (head,)
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate: up linearly in ``warmup`` steps, then down a cosine to 0 at ``steps``.
+
+    Example:
+        >>> [round(warmup_cosine(step, steps=6, warmup=2), 2) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup))))
+
+
+@contextmanager
+def _penalties(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect, by name of the module, what modules with ``penalty`` say of the weights they find in a forward."""
+    found: dict[str, Tensor] = {}
+    watched = {n: m for n, m in model.named_modules() if isinstance(m, Attention) and hasattr(m, "penalty")}
+
+    def watching(name: str, module: Any) -> Callable[..., Any]:
+        def attend(*inputs: Any) -> Any:
+            weights = type(module).attend(module, *inputs)
+            found[name] = module.penalty(weights)
+            return weights
+
+        return attend
+
+    for name, module in watched.items():
+        module.__dict__["attend"] = watching(name, module)
+    try:
+        yield found
+        if missing := sorted(watched.keys() - found.keys()):
+            raise RunError(f"{missing[0]} has a penalty on its weights, but its forward does not call attend")
+    finally:
+        for module in watched.values():
+            del module.__dict__["attend"]
+
+
+def _named(make: Any, what: str) -> dict[str, Any]:
+    """Write a class, or ``functools.partial`` of one, in plain values, as a checkpoint may hold them."""
+    parts: list[Any] = [make]
+    options: dict[str, Any] = {}
+    while isinstance(parts[0], partial):
+        options = parts[0].keywords | options
+        parts = [parts[0].func, *parts[0].args]
+    cls = next((part for part in reversed(parts) if isinstance(part, type)), None)
+    if cls is None:
+        raise ValueError(
+            f"{what} must be a class or functools.partial of one, so that a checkpoint can name it, got {make!r}"
+        )
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(options)}
+
+
+def _called(named: Any, module: ModuleType, what: str) -> Any:
+    """Turn what :func:`_named` wrote into what it was. Nothing is imported because a checkpoint names it."""
+    if isinstance(named, list):
+        return [_called(one, module, what) for one in named]
+    if named is None:
+        return None
+    cls = getattr(module, named["class_path"].rpartition(".")[2], None)
+    if not isinstance(cls, type) or f"{cls.__module__}.{cls.__qualname__}" != named["class_path"]:
+        path = named["class_path"]
+        raise ValueError(
+            f"{what} {path!r} is not in {module.__name__}: give the class to load_from_checkpoint as {what}="
+        )
+    return partial(cls, **named["init_args"])
+
+
+def _report(counts: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Turn true and false positives and negatives of each class into precision, recall and F1."""
+    rows = []
+    for label, (tp, fp, _, fn, support) in zip(labels, counts.tolist(), strict=True):
+        precision, recall, f1 = (
+            a / b if b else math.nan for a, b in ((tp, tp + fp), (tp, support), (2 * tp, 2 * tp + fp + fn))
+        )
+        rows.append({"label": label, "precision": precision, "recall": recall, "f1": f1, "images": support})
+    return rows
+
+
+def _print(rows: list[dict[str, Any]], file: Path, most: int = 20) -> None:
+    title = f"per class ({file})" if len(rows) <= most else f"the {most} worst of {len(rows)} classes ({file})"
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "label" else "right")
+    worst = rows if len(rows) <= most else sorted(rows, key=lambda row: row["f1"])[:most]
+    for row in worst:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)

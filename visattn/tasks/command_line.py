@@ -1,0 +1,201 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: Lightning's command line for a task, with errors of one line."""
+
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from visattn import attention
+from visattn.data.images import Images
+from visattn.data.transforms import Preprocess
+from visattn.tasks.classification import Classification
+from visattn.tasks.run import (
+    CHECKPOINTS,
+    Last,
+    Log,
+    Outcome,
+    Predictions,
+    TimmSyncBatchNorm,
+    WholeFiles,
+    newest_checkpoint,
+)
+
+EXPECTED = (  # warnings of Lightning about what is meant to be so
+    ".*overrides the configure_model",  # the averaged copy of the weights is not sharded
+    ".*overridden `on_before_batch_transfer`",  # the task checks labels there, the data does nothing
+    ".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    ".*treespec, LeafSpec",  # a deprecation in torch that Lightning has yet to follow
+)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration of a training into its folder."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class CommandLine(LightningCLI):
+    """Lightning's command line for a task.
+
+    Each training has a folder, ``version_<n>`` in ``trainer.default_root_dir``, with ``config.yaml`` (resolved),
+    ``metrics.csv``, ``checkpoints/`` and ``model/``. Resuming goes on in it, and what a test finds goes there too.
+    """
+
+    def __init__(self, args: list[str]):
+        quiet = {"exit_on_error": False}  # raise, so that errors come out in one place
+        self.args = args
+        super().__init__(
+            Classification,
+            Images,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"default_root_dir": "runs"},
+            parser_kwargs=quiet | {name: dict(quiet) for name in self.subcommands()},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        defaults = {"filename": "best", "monitor": "val/top1", "mode": "max", "enable_version_counter": False}
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(with_packaged_configs(args))
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the options in the checkpoint overrule those that are given
+        config = self.config[self.config["subcommand"]]
+        self.ckpt_path = find_checkpoint(config.pop("ckpt_path", None), Path(config["trainer"]["default_root_dir"]))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.ckpt_path:  # weights and preprocessing come from there
+            self.model.pretrained = False
+            held = torch.load(self.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+            known = held.get("visattn", {}).get("visattn", {}).get("transform")
+            expected = Preprocess(**known) if known else None
+        else:
+            expected = self.model.expects()
+        if expected:
+            self.datamodule.preprocess = expected
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.config_init[self.subcommand]["trainer"]
+        root, version = run_of(self.ckpt_path) or (Path(config["default_root_dir"]), None)
+        if config["logger"] in (None, True):
+            kwargs["logger"] = Log(root, name="", version=version) if self.subcommand == "fit" else False
+        if self.subcommand != "fit" and version is not None:
+            kwargs["default_root_dir"] = root / f"version_{version}"
+        plugins = config["plugins"] or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
+        if config["sync_batchnorm"]:
+            kwargs["sync_batchnorm"] = False
+            plugins.append(TimmSyncBatchNorm())
+        callbacks = config["callbacks"] or []
+        callbacks = [
+            *(callbacks if isinstance(callbacks, list) else [callbacks]),
+            Last(),
+            Outcome(program(), self.args),
+        ]
+        callbacks += [Predictions()] if self.subcommand == "predict" else []
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar())
+        return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.ckpt_path}
+
+
+def run_cli(args: list[str] | None = None) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` and leave the process with a code where it fails."""
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda said: "Tip:" not in said.getMessage())
+    try:
+        CommandLine(sys.argv[1:] if args is None else list(args))
+    except Exception as error:
+        if os.environ.get("VISATTN_TRACEBACK"):
+            raise
+        print("error:", one_line(error), file=sys.stderr)
+        sys.exit(2)
+
+
+def program() -> str:
+    """What was typed to start this program."""
+    file = Path(sys.argv[0])
+    if file.name == "__main__.py":
+        return f"python -m {file.parent.name}"
+    return f"python {shlex.quote(sys.argv[0])}" if file.suffix == ".py" else file.name
+
+
+def with_packaged_configs(args: list[str]) -> list[str]:
+    """Replace the bare names of packaged configurations by their paths, where no such file lies in the folder."""
+    folders = [Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"]  # a wheel, a source tree
+    found = list(args)
+    for i, arg in enumerate(args):
+        option, equals, name = arg.rpartition("=") if arg.startswith(("--config=", "-c=")) else ("", "", arg)
+        if not (equals or (i and args[i - 1] in ("--config", "-c"))) or Path(name).exists():
+            continue
+        if file := next((f / name for f in folders if Path(name).name == name and (f / name).is_file()), None):
+            found[i] = f"{option}{equals}{file}"
+    return found
+
+
+def find_checkpoint(given: str | None, root: Path) -> Path | None:
+    """Resolve ``ckpt_path``: a file, or the ``"last"`` or ``"best"`` one of the newest run in ``root``."""
+    if given is None:
+        return None
+    if given in ("last", "best"):
+        runs = sorted(root.glob("version_*"), key=lambda run: int(run.name.rpartition("_")[2]), reverse=True)
+        found = (newest_checkpoint(run / CHECKPOINTS, given) for run in runs)
+        if file := next((file for file in found if file), None):
+            return file
+        raise FileNotFoundError(f"ckpt_path={given}: no run in {root} has a {given} checkpoint")
+    if not Path(given).is_file():
+        raise FileNotFoundError(f"ckpt_path={given}: there is no such file")
+    return Path(given)
+
+
+def run_of(checkpoint: Path | None) -> tuple[Path, int] | None:
+    """Root and number of the run whose checkpoint this is."""
+    if checkpoint is None or checkpoint.parent.name != CHECKPOINTS:
+        return None
+    number = re.fullmatch(r"version_(\d+)", checkpoint.parent.parent.name)
+    return (checkpoint.parents[2], int(number[1])) if number else None
+
+
+def one_line(error: Exception) -> str:
+    """Say what is wrong in one line; jsonargparse takes many, one for each type an option may have."""
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", " ".join(str(error).split()))
+    key = re.match(r'Parser key "([^"]+)":', text)
+    if not key:
+        return text or repr(error)
+    said = f"{key[1]}:"
+    if option := re.search(r"Option '(\w+)' is not accepted.*?class_path='([\w.]+)'", text):
+        return f"{said} {option[2].rpartition('.')[2]} has no option {option[1]!r}"
+    if name := re.search(r"dot import path string: (\w+)|has no attribute '(\w+)'", text):
+        known = attention.__all__ if key[1].endswith("attention") else []
+        close = get_close_matches(name[1] or name[2], known) or known
+        return f"{said} there is no {name[1] or name[2]!r}" + (f", but {', '.join(close)}" if close else "")
+    if reason := re.search(r"callable class: (.*?)\. Got value: Namespace", text):
+        return f"{said} {reason[1]}"
+    types, given = re.findall(r"Expected an? (\w[\w.]*(?:\[[^\]]*\])?)", text), re.search(r" Given value: (.*)", text)
+    if types and given:
+        wanted = " or ".join(types).replace("typing.Literal", "one of ").replace("NoneType", "null")
+        return f"{said} must be {wanted}, got {given[1]}"
+    return text

@@ -1,0 +1,237 @@
+"""What a run leaves behind: whole files, a log that goes on when resumed, the checkpoint folder, a way to go on."""
+
+import copy
+import csv
+import os
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import timm
+import torch
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.plugins.io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.layer_sync import LayerSync
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
+
+from visattn.checkpoint import save
+from visattn.surgery import restore
+
+CHECKPOINTS, LAST, BEST, INTERRUPTED = "checkpoints", "last.ckpt", "best.ckpt", "interrupted.ckpt"
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; the message says in one line why, and what is left."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints under another name and renames them when they are whole, in the same folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            kept = f"the one before it is whole: {path}" if path.exists() else "earlier ones are whole"
+            raise RunError(f"checkpoint {path} cannot be written ({cause}); {kept}") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
+
+
+class TimmSyncBatchNorm(LayerSync):
+    """Batch norm over all processes by timm's converter, which knows timm's norms; what it unhooks is put back."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        model.model = restore(timm.layers.convert_sync_batchnorm(model.model))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return model  # in evaluation it is plain batch norm
+
+
+class Log(CSVLogger):
+    """Lightning's CSV log, which goes on where that of a resumed run left off."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            file = Path(self.log_dir, "metrics.csv")
+            rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Experiment logs directory")
+                started = super().experiment
+            started.metrics = rows
+            started.save()
+        return self._experiment
+
+
+class Last(ModelCheckpoint):
+    """Keeps the state at the end of the newest epoch, from which a run resumes exactly."""
+
+    def __init__(self) -> None:
+        super().__init__(filename=Path(LAST).stem, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+class Outcome(Callback):
+    """Leaves a visattn checkpoint folder, ``model``, in the folder of a run that finishes or is interrupted.
+
+    It holds the best weights (the last ones, where nothing is monitored) and a card with data, command, metrics and
+    versions.
+    An interruption saves the state of the training and prints how to go on.
+
+    Args:
+        program: What starts the command line, such as ``"python train.py"``; left out, no command is printed.
+        arguments: The arguments it was started with, for the card.
+    """
+
+    def __init__(self, program: str | None = None, arguments: Sequence[str] = ()):
+        self.program = program
+        self.arguments = arguments
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._leave(trainer, pl_module, "finished")
+            Path(folder(trainer), CHECKPOINTS, INTERRUPTED).unlink(missing_ok=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        began = trainer.state.fn == "fit" and trainer.global_step and not trainer.fast_dev_run
+        if not began or not trainer.is_global_zero:
+            return
+        interrupted = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        print(f"stopped at step {trainer.global_step} (epoch {trainer.current_epoch})", file=sys.stderr)
+        with suppress(OSError, RuntimeError, ValueError):  # what ended the run is what is to be seen
+            if interrupted and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+                self._save_state(trainer, pl_module)
+            self._leave(trainer, pl_module, f"interrupted in epoch {trainer.current_epoch}")
+        newest = newest_checkpoint(folder(trainer) / CHECKPOINTS, "last")
+        if newest is None:
+            print("no checkpoint was written yet", file=sys.stderr)
+            return
+        print(f"the last good checkpoint is {newest}", file=sys.stderr)
+        if self.program:
+            config = shlex.quote(str(folder(trainer) / "config.yaml"))
+            print(
+                f"go on: {self.program} fit --config {config} --ckpt_path {shlex.quote(str(newest))}", file=sys.stderr
+            )
+
+    def _save_state(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.validating:
+            for callback in trainer.callbacks:  # its averaged weights stand in for those in training
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)
+        state = trainer._checkpoint_connector.dump_checkpoint()
+        trainer.strategy.save_checkpoint(state, folder(trainer) / CHECKPOINTS / INTERRUPTED)
+
+    def _leave(self, trainer: Any, pl_module: Any, how: str) -> None:
+        file = self._best(trainer)
+        if file is None:
+            return
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        network: Any = copy.deepcopy(pl_module.model).cpu()
+        weights = checkpoint["state_dict"].items()
+        network.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
+        save(
+            network,
+            folder(trainer) / "model",
+            card=self._card(trainer, checkpoint, file, how),
+            **pl_module.described,
+        )
+
+    def _best(self, trainer: Any) -> Path | None:
+        paths = [
+            c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor
+        ]
+        newest = newest_checkpoint(folder(trainer) / CHECKPOINTS, "last")
+        return next((Path(p) for p in [*paths, newest] if p and Path(p).is_file()), None)
+
+    def _card(self, trainer: Any, checkpoint: Mapping[str, Any], file: Path, how: str) -> str:
+        scored: Mapping[str, Any] = next(
+            (s for s in checkpoint["callbacks"].values() if s.get("best_model_path") == str(file)), {}
+        )
+        score = f", {scored['monitor']} {scored['best_model_score']:.4g}" if scored.get("monitor") else ""
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("gate/")}
+        last = ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+        return "\n".join(
+            [
+                f"- Data: {_said(trainer.datamodule)}",
+                f"- Command: `{shlex.join([*(self.program or 'python').split(), *self.arguments])}`",
+                f"- Run: {how}, at step {trainer.global_step}, on {trainer.world_size} × "
+                f"{trainer.strategy.root_device.type}, {trainer.precision}",
+                f"- Weights: of epoch {checkpoint['epoch']}, step {checkpoint['global_step']}{score}",
+                f"- Metrics at the end: {last}",
+                f"- Trained with: Python {platform.python_version()}, torch {torch.__version__}, "
+                f"timm {timm.__version__}, Lightning {pl.__version__}",
+            ]
+        )
+
+
+class Predictions(Callback):
+    """Writes what ``predict`` finds to ``predictions.csv``: a row an image, its best labels with their probabilities.
+
+    Args:
+        most: How many labels a row has at most.
+    """
+
+    def __init__(self, most: int = 5):
+        self.most = most
+        self.rows: list[list[Any]] = []
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        best = outputs.cpu().topk(min(self.most, outputs.shape[1]))
+        labels = pl_module.labels or [str(number) for number in range(outputs.shape[1])]
+        for name, probabilities, numbers in zip(batch[1], best.values.tolist(), best.indices.tolist(), strict=True):
+            pairs = zip((labels[number] for number in numbers), (f"{p:.4f}" for p in probabilities), strict=True)
+            self.rows.append([name, *(value for pair in pairs for value in pair)])
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        file = folder(trainer) / f"predictions{rank}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pairs = max((len(row) // 2 for row in self.rows), default=0)
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            header = [f"{what}{place}" for place in range(1, pairs + 1) for what in ("label", "probability")]
+            csv.writer(opened).writerows([["image", *header], *self.rows])
+        print(f"{len(self.rows)} predictions are in {file}")
+        self.rows = []
+
+
+def _said(data: Any) -> str:
+    """What is known of the data, for the card."""
+    if data is None:
+        return "given in Python"
+    counts = ", ".join(f"{len(split)} {name}" for name, split in getattr(data, "splits", {}).items())
+    return " ".join(
+        str(part) for part in (type(data).__name__, getattr(data, "root", ""), f"({counts})" * bool(counts))
+    )
+
+
+def folder(trainer: pl.Trainer) -> Path:
+    """Where a run keeps what it leaves."""
+    logger = trainer.logger
+    return Path((logger.log_dir if logger else None) or trainer.default_root_dir)
+
+
+def newest_checkpoint(at: Path, which: str) -> Path | None:
+    """Find the ``"best"`` or the ``"last"`` checkpoint in a folder of checkpoints."""
+    names = {"best": [BEST], "last": [LAST, INTERRUPTED]}[which]
+    files = [at / name for name in names if (at / name).is_file()]
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
