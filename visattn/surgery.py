@@ -238,7 +238,7 @@ def insert(
         at = cls.place
     found = _resolve(_watch(model, input_size), at)
     if any(site.layout == "tokens" for site in found) and any(type(m).__name__ == "Unroll" for m in model.modules()):
-        log.warning("%s keeps its tokens in the order of mask units: neighbours in a map are none", type(model).__name__)
+        log.warning("%s keeps its tokens in the order of mask units, not row by row", type(model).__name__)
     made = [(_make_for(make, cls, model, site), site) for site in found]
     for attention, site in made:
         gated = gate == "identity" and not attention.identity_at_init and not attention.replaces
