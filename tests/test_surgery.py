@@ -339,6 +339,19 @@ def test_a_copy_gives_the_same_and_is_independent(cbam, x, clone):
     assert torch.equal(cbam(x), before)
 
 
+@pytest.mark.parametrize("average", [torch.optim.swa_utils.AveragedModel, timm.utils.ModelEmaV3])
+def test_an_average_of_the_weights_holds_what_is_inserted(cbam, x, average):
+    averaged = average(cbam)
+    before = averaged.module(x)
+    torch.testing.assert_close(before, cbam(x))
+    for inserted in insertions(cbam):
+        nn.init.ones_(inserted.gate)
+    assert torch.equal(averaged.module(x), before)
+    for _ in range(3):
+        averaged.update_parameters(cbam) if hasattr(averaged, "update_parameters") else averaged.update(cbam)
+    assert all(0.5 < i.gate.item() <= 1 for i in insertions(averaged.module))
+
+
 def test_weights_round_trip_through_a_file(cbam, x):
     file = io.BytesIO()
     torch.save(cbam.state_dict(), file)

@@ -146,7 +146,8 @@ def _weights(
     """What scaled dot-product attention multiplies its values with, in its own signature."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)).float() @ key.float().transpose(-2, -1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)).to(wide) @ key.to(wide).mT
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
