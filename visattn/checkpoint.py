@@ -38,6 +38,7 @@ from visattn import attention
 from visattn.attention.base import Attention
 from visattn.data.transforms import Preprocess
 from visattn.surgery import Site, SurgeryError, attach, insertions, remove
+from visattn.version import __version__
 
 FORMAT = 1
 CONFIG, BACKBONE, INSERTED, CARD = "config.json", "model.safetensors", "visattn.safetensors", "card.md"
@@ -338,9 +339,7 @@ def _card(model: nn.Module, config: dict[str, Any], folder: Path, said: str | No
 
 
 def _versions() -> dict[str, str]:
-    import visattn
-
-    return {"visattn": visattn.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
+    return {"visattn": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
