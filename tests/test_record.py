@@ -64,7 +64,7 @@ def test_another_forward_writes_over_the_maps(model, x):
 
 
 def test_needs_eval_mode(model):
-    insertions(model)[1].train()
+    insertions(model)[1].attention.spatial.norm.train()
     with (
         pytest.raises(ValueError, match=r"model must be in eval mode to record, layer3\.0/CBAM is in training"),
         record(model),
@@ -93,6 +93,36 @@ def test_attention_anywhere_in_a_network_is_recorded_but_not_what_lies_in_it():
     with record(alone := SqueezeExcitation(16).eval()) as maps:
         alone(torch.randn(1, 16, 5, 7))
     assert list(maps) == ["SqueezeExcitation"]
+
+
+def test_keywords_reach_attend_and_a_gate_that_is_called_twice_gives_both():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = CBAM(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(x=x)
+
+    with record(network := Keyword().eval()) as maps:
+        network(torch.randn(1, 16, 5, 7))
+    assert list(maps) == ["gate/CBAM"]
+    coordinates = timm.create_model("resnet18", block_args={"attn_layer": "coord"}).eval()
+    with record(coordinates) as maps:
+        coordinates(torch.randn(1, 3, 64, 96))
+    height, width = maps["layer1.0.se/CoordAttn"]
+    assert (height.shape[2:], width.shape[2:]) == ((16, 1), (1, 24))
+
+
+def test_an_error_in_a_forward_does_not_spoil_the_next():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    broken = model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with record(model) as maps:
+        with pytest.raises(ZeroDivisionError):
+            model(torch.randn(1, 3, 224, 224))
+        broken.remove()
+        model(torch.randn(1, 3, 224, 224))
+    assert list(maps) == ["blocks.0.attn/Attention"]
 
 
 def test_several_of_a_kind_at_one_site_have_names_of_their_own(x):

@@ -122,6 +122,40 @@ def test_the_papers_places_for_non_local_blocks_are_every_other_block_of_two_sta
     assert found == ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]
 
 
+@pytest.mark.parametrize("size", [(800, 100), (500, 150), (1333, 333), (600, 333)])
+def test_tall_and_wide_images_have_the_same_sites(size):
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    tall, wide = (sites(model, "stages", input_size=s) for s in (size, size[::-1]))
+    assert [s.name for s in tall] == [s.name for s in wide] == ["layer1", "layer2", "layer3", "layer4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "head"),
+    [
+        ("resnet18", 32, "layer4"),
+        ("mobilenetv2_050", 32, "bn2"),
+        ("densenet121", 64, "features"),
+        ("convnext_atto", 64, "norm_pre"),
+        ("vit_tiny_patch16_224", 224, "norm"),
+        ("swin_tiny_patch4_window7_224", 224, "norm"),
+        ("resnet50_clip", 224, "final_conv"),
+        ("vit_base_patch16_siglip_224", 224, "norm"),
+        ("volo_d1_224", 224, "norm"),
+    ],
+)
+def test_the_head_is_the_last_map_before_pool_and_classifier(name, size, head):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert [s.name for s in sites(model, "head", input_size=size)] == [head]
+
+
+def test_in_a_branch_attention_comes_before_the_path_is_dropped():
+    with torch.device("meta"):
+        found = sites(timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, depth=3), "residual")
+    assert [s.name for s in found][2:] == [f"blocks.{b}.ls{n}" for b in (1, 2) for n in (1, 2)]
+
+
 def test_expanded_is_where_the_widened_map_of_an_inverted_residual_goes_into_its_projection():
     found = sites(timm.create_model("mobilenetv2_100"), "expanded")
     assert len(found) == 16
@@ -304,6 +338,27 @@ def test_a_convolution_is_swapped_and_comes_back(model, x):
     assert torch.equal(model(x), before)
 
 
+def test_a_module_that_replaces_goes_where_something_is_to_be_replaced_and_no_other_does(model):
+    with pytest.raises(SurgeryError, match='Swap takes the place of a module: at may only be "convolutions" or "pool"'):
+        insert(model, partial(Swap, out_channels=3), at="layer1")
+    with pytest.raises(SurgeryError, match='CBAM does not take the place of a module: at may not be "convolutions"'):
+        insert(model, CBAM, at="pool")
+
+
+def test_what_hangs_on_a_convolution_stays_when_it_is_swapped(model, x):
+    insert(model, Brighten, at="layer2.1.conv1", gate=None)
+    insert(model, Swap, at="stages[1].convolutions")
+    model(x)
+    assert len(insertions(model)[0].attention.seen) == 1
+
+
+def test_a_swapped_module_comes_back_as_the_model_is_by_then(model):
+    insert(model.train(), Swap, at="stages[1].convolutions")
+    remove(model.eval().bfloat16())
+    assert not any(m.training for m in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 # --- what must survive
 
 
@@ -408,6 +463,26 @@ def test_compiles_into_one_graph(cbam, x):
         insert(compiled, CBAM)
 
 
+def test_a_model_that_is_compiled_in_place_is_noticed(model):
+    model.layer3.compile(backend="eager")
+    with pytest.raises(SurgeryError, match=r"model is compiled already: insert first, then torch.compile"):
+        insert(model, CBAM)
+
+
+def test_a_wrapped_model_is_seen_through(cbam):
+    wrapped = nn.Sequential(cbam)
+    assert len(insertions(wrapped)) == 8
+    remove(wrapped)
+    assert not hasattr(cbam, "visattn")
+    assert not any(m._forward_hooks for m in cbam.modules())
+
+
+def test_a_model_that_has_run_and_holds_what_it_computed_is_watched():
+    model = timm.create_model("levit_128s").eval()
+    model(torch.randn(1, 3, 224, 224))
+    assert len(sites(model, "stages")) == 3
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_exports_with_any_batch_and_image_size(cbam, x):
     auto = torch.export.Dim.AUTO
@@ -504,7 +579,9 @@ def test_refuses_what_it_cannot_insert(model):
         ValueError, match=r"input_size must be n, \(h, w\) or \(c, h, w\) in pixels, got \(1, 2, 3, 4\)"
     ):
         sites(model, input_size=(1, 2, 3, 4))
-    with pytest.raises(SurgeryError, match=r"VisionTransformer does not run on an image of 3×100×100 \(input_size\)"):
+    with pytest.raises(
+        SurgeryError, match=r"VisionTransformer does not run on an image of 3×100×100, set by input_size"
+    ):
         sites(timm.create_model("vit_tiny_patch16_224", depth=1), input_size=100)
     with pytest.raises(SurgeryError, match=r"there are 4 stages, so \[7\] is out of range"):
         insert(model, CBAM, at="stages[7]")
@@ -512,6 +589,8 @@ def test_refuses_what_it_cannot_insert(model):
         SurgeryError, match=r"at='stages\[9:\]' leaves no site in ResNet: 4 stages, 8 blocks, 8 residual"
     ):
         insert(model, CBAM, at="stages[9:]")
+    with pytest.raises(TypeError, match=r"make must be an attention class or functools.partial of one, got a CBAM"):
+        insert(model, CBAM(64), at="head")
     with pytest.raises(TypeError, match="make must return an Attention, got Conv2d"):
         insert(model, lambda channels: nn.Conv2d(channels, channels, 1), at="head")
     with pytest.raises(TypeError, match="reductoin"):

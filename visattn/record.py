@@ -18,8 +18,9 @@ from visattn.surgery import Inserted
 def record(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Record where a model looks: the weights of every attention module during a forward.
 
-    What was inserted, every other :class:`Attention` in the model, and the attention that timm itself owns: gates such
-    as squeeze-and-excitation, and the heads of transformers, fused or not (batch, heads, queries, keys).
+    What was inserted, every other :class:`Attention` in the model, and the attention that timm itself owns: gates that
+    have a module ``gate`` (squeeze-and-excitation, ECA, CBAM, …), and softmax attention, fused or not, in modules that
+    are called attention (batch, heads, queries, keys).
 
     Args:
         model: The model, in eval mode; compiled is fine, it then runs as it was before compilation.
@@ -27,7 +28,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
     Yields:
         A dictionary that each forward fills: the name of the site or module and the class of the attention, as in
         ``"layer3.2/NonLocal"``, to the weights (what ``attend`` returns: a tensor, or a ``NamedTuple`` of tensors).
-        Another forward writes over it.
+        Another forward, or another use of the same module, writes over it.
 
     Raises:
         ValueError: If an attention module is in training mode: norms would be updated twice, and dropout would draw
@@ -43,7 +44,7 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
     """
     compiled, model = hasattr(model, "_orig_mod"), getattr(model, "_orig_mod", model)
     ours, timms = _found(model)
-    training = [name for name, module in ours.items() if module.training]
+    training = [name for name, module in ours.items() if any(m.training for m in module.modules())]
     if training:
         raise ValueError(f"model must be in eval mode to record, {training[0]} is in training mode: call model.eval()")
     maps: dict[str, Any] = {}
@@ -52,13 +53,16 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in ours.items():
-            stack.callback(module.register_forward_pre_hook(partial(_attend, maps, name)).remove)
+            hook = partial(_attend, maps, name)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for name, module in timms.items():
-            if isinstance(gate := getattr(module, "gate", None), nn.Module):
+            if (gate := _gate(module)) is not None:
+                stack.callback(module.register_forward_pre_hook(partial(_forget, maps, name)).remove)
                 stack.callback(gate.register_forward_hook(partial(_keep_gate, maps, name)).remove)
             else:
                 stack.callback(module.register_forward_pre_hook(partial(heads.enter, name)).remove)
                 stack.callback(module.register_forward_hook(heads.leave).remove)
+        stack.callback(model.register_forward_pre_hook(heads.begin).remove)
         stack.enter_context(heads)
         yield maps
 
@@ -84,8 +88,14 @@ def _found(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
 
 def _is_attention(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
-    gated = isinstance(getattr(module, "gate", None), nn.Module) and "mlp" not in kind
-    return gated or "attention" in kind or "attn" in kind
+    return _gate(module) is not None or "attention" in kind or "attn" in kind
+
+
+def _gate(module: nn.Module) -> nn.Module | None:
+    """The activation that makes the weights of a gate; a projection of that name, or one in an MLP, is none."""
+    gate = getattr(module, "gate", None)
+    is_one = isinstance(gate, nn.Module) and not any(True for _ in gate.parameters())
+    return gate if is_one and "mlp" not in type(module).__name__.lower() else None
 
 
 def _put(named: dict[str, nn.Module], name: str, module: nn.Module) -> None:
@@ -96,15 +106,21 @@ def _put(named: dict[str, nn.Module], name: str, module: nn.Module) -> None:
     named[free] = module
 
 
-def _attend(maps: dict[str, Any], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _attend(maps: dict[str, Any], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
     attention = module.attention if isinstance(module, Inserted) else module
     with torch.no_grad():
-        maps[name] = attention.attend(*args)  # type: ignore[operator]
+        maps[name] = attention.attend(*args, **kwargs)  # type: ignore[operator]
+
+
+def _forget(maps: dict[str, Any], name: str, module: nn.Module, args: Any) -> None:
+    maps.pop(name, None)
 
 
 def _keep_gate(maps: dict[str, Any], name: str, module: nn.Module, args: Any, output: Tensor) -> None:
     weights = output.detach()
-    maps[name] = weights.reshape(weights.shape[0], -1, 1, 1) if weights.ndim == 3 else weights
+    weights = weights.reshape(weights.shape[0], -1, 1, 1) if weights.ndim == 3 else weights
+    before = maps.get(name, ())  # coordinate attention calls its gate once for each axis
+    maps[name] = (*(before if isinstance(before, tuple) else (before,)), weights) if name in maps else weights
 
 
 class _Heads(TorchFunctionMode):
@@ -114,6 +130,9 @@ class _Heads(TorchFunctionMode):
         super().__init__()
         self.maps = maps
         self.stack: list[str] = []
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        self.stack.clear()  # an error in the forward before may have left something
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         self.stack.append(name)

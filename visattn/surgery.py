@@ -49,7 +49,8 @@ class Site:
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (b, prefix + height · width, c).
         prefix: Tokens before those of the map, such as a class token.
         output: Which element, where the module returns a list or a tuple.
-        side: Whether the map is what the module returns or what it is given.
+        side: Whether the map is what the module returns or what it is given; ``"instead"``: a module that replaces
+            takes what is given there.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Site:
     layout: Literal["nchw", "nhwc", "tokens"]
     prefix: int = 0
     output: int | None = None
-    side: Literal["output", "input"] = "output"
+    side: Literal["output", "input", "instead"] = "output"
 
     def to_map(self, x: Tensor) -> Tensor:
         """View what flows through the site as (b, c, h, w)."""
@@ -110,8 +111,7 @@ class Inserted(nn.Module):
             self.__dict__["attention"] = attention  # registered at the site itself
         else:
             self.attention = attention
-        like = next((p for p in attention.parameters() if p.is_floating_point()), None)
-        self.gate = nn.Parameter(torch.zeros(1, device=None if like is None else like.device)) if gated else None
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -211,7 +211,8 @@ def insert(
             site.
         at: Where, in the grammar of :func:`sites`; left out, where the module's paper puts it.
         gate: ``"identity"`` leaves the output of the model unchanged, bit for bit: a gate that starts at zero is added
-            where the module is not the identity already. None puts the module there as in its paper.
+            where the module is not the identity already. None puts the module there as in its paper. A module that
+            replaces another has no gate, and changes the output.
         input_size: As in :func:`sites`.
 
     Returns:
@@ -229,6 +230,8 @@ def insert(
     """
     if gate not in ("identity", None):
         raise ValueError(f'gate must be "identity" or None, got {gate!r}')
+    if not callable(make) or isinstance(make, nn.Module):
+        raise TypeError(f"make must be an attention class or functools.partial of one, got a {type(make).__name__}")
     cls = _class_made_by(make)
     if at is None:
         if cls is None:
@@ -256,55 +259,69 @@ def remove(model: nn.Module) -> nn.Module:
         >>> set(remove(insert(model, visattn.CBAM)).state_dict()) == keys
         True
     """
-    for inserted in reversed(insertions(model)):
+    root = _root(model)
+    here = insertions(root)
+    for inserted in reversed(here):
         if inserted.original:
-            device = next((p.device for p in inserted.attention.parameters()), None)
-            model.set_submodule(inserted.site.name, inserted.original[0].to(device))
-    for module in model.modules():
+            like = next((p for p in root.parameters() if p.is_floating_point()), None)
+            original = inserted.original[0] if like is None else inserted.original[0].to(like.device, like.dtype)
+            root.set_submodule(inserted.site.name, original.train(inserted.attention.training))
+    for module in root.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _OutputHook)]:
+            for key in [k for k, h in hooks.items() if isinstance(h, _OutputHook) and h.inserted in here]:
                 del hooks[key]
-    if isinstance(getattr(model, "visattn", None), nn.ModuleDict):
-        del model.visattn
+    if here:
+        del root.visattn
     return model
 
 
 def insertions(model: nn.Module) -> list[Inserted]:
-    """What is inserted in a model, in the order of insertion."""
-    model = getattr(model, "_orig_mod", model)
-    inserted = getattr(model, "visattn", None)
-    return list(inserted.values()) if isinstance(inserted, nn.ModuleDict) else []  # type: ignore[arg-type]
+    """What is inserted in a model, compiled or wrapped as it may be, in the order of insertion."""
+    held = _root(model)._modules.get("visattn")
+    return list(held.values()) if isinstance(held, _Insertions) else []  # type: ignore[arg-type]
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The module on which what is inserted lives: the model itself, or what it wraps."""
+    return next((m for m in model.modules() if isinstance(m._modules.get("visattn"), _Insertions)), model)
 
 
 def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -> Inserted:
     """Put a module at a known site, without looking for it: what a checkpoint does.
 
     Raises:
-        SurgeryError: If the model is compiled already, or has no module of that name.
+        SurgeryError: If the model is compiled already, has no module of that name, or the site is for another kind.
     """
-    if hasattr(model, "_orig_mod"):
-        raise SurgeryError("model is compiled already: insert first, then torch.compile")
+    _refuse_compiled(model)
     try:
         module = model.get_submodule(site.name)
     except AttributeError as error:
         raise SurgeryError(f"no module is named {site.name!r} in {type(model).__name__}") from error
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if like is not None:
-        attention.to(like.device, like.dtype)
-    attention.train(model.training)
+    name = type(attention).__name__
+    if attention.replaces != (site.side == "instead"):
+        rule = "takes the place of a module" if attention.replaces else "does not take the place of a module"
+        fit = "only" if attention.replaces else "not"
+        raise SurgeryError(f'{name} {rule}: at may {fit} be "convolutions" or "pool", got a site at {site.name}')
     inserted = Inserted(attention, site, gated=gated)
-    if like is not None:
-        inserted.to(like.device, like.dtype)
-    inserted.train(model.training)
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    for part in (attention, inserted):
+        part.train(model.training)
+        if like is not None:
+            part.to(like.device, like.dtype)
     if attention.replaces:
         inserted.original = (module,)
         model.set_submodule(site.name, attention)
-    held = getattr(model, "visattn", None)
-    if not isinstance(held, nn.ModuleDict):
+    held = model._modules.get("visattn")
+    if not isinstance(held, _Insertions):
         held = model.visattn = _Insertions()
-    held[_key(held, f"{site.name.replace('.', '__')}__{type(attention).__name__}")] = inserted
-    _hook(model, inserted)
+    held[_key(held, f"{site.name.replace('.', '__')}__{name}")] = inserted
+    restore(model)
     return inserted
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
+        raise SurgeryError("model is compiled already: insert first, then torch.compile")
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -321,7 +338,10 @@ def restore(model: nn.Module) -> nn.Module:
 def _hook(model: nn.Module, inserted: Inserted) -> None:
     if inserted.attention.replaces:
         return
-    module = model.get_submodule(inserted.site.name)
+    try:
+        module = model.get_submodule(inserted.site.name)
+    except AttributeError as error:
+        raise SurgeryError(f"no module is named {inserted.site.name!r} in {type(model).__name__} any more") from error
     if inserted.site.side == "output":
         module = _carrier(module)
     hooks = module._forward_hooks if inserted.site.side == "output" else module._forward_pre_hooks
@@ -423,8 +443,7 @@ class _Watched:
 
 
 def _watch(model: nn.Module, input_size: int | Sequence[int] | None) -> _Watched:
-    if hasattr(model, "_orig_mod"):
-        raise SurgeryError("model is compiled already: insert first, then torch.compile")
+    _refuse_compiled(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for size in (candidates := _input_sizes(model, input_size)):
         shell = remove(_meta_copy(model)).eval()
@@ -438,8 +457,8 @@ def _watch(model: nn.Module, input_size: int | Sequence[int] | None) -> _Watched
                 continue
             reason = (str(error).splitlines() or [""])[0]
             raise SurgeryError(
-                f"{type(model).__name__} does not run on an image of {'×'.join(map(str, size))} (input_size): "
-                f"{type(error).__name__}: {reason}"
+                f"{type(model).__name__} does not run on an image of {'×'.join(map(str, size))}, set by "
+                f"input_size=(c, h, w): {type(error).__name__}: {reason}"
             ) from error
         return watcher.finish(output)
     raise AssertionError("there is always a size to try")
@@ -451,6 +470,10 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    for module in model.modules():
+        for t in _tensors(list(vars(module).values())):
+            if not t.is_leaf:  # a cache, which cannot be copied
+                memo[id(t)] = torch.empty_like(t, device="meta")
     shell = copy.deepcopy(model, memo)
     for module in shell.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -559,7 +582,7 @@ _TERM = re.compile(r"(?P<place>[a-z]+)(?:\[(?P<slice>[-\d:]+)\])?")
 
 
 def _resolve(seen: _Watched, at: str | Sequence[str]) -> list[Site]:
-    terms = [at] if isinstance(at, str) else list(at)
+    terms = list(_tuple(at))
     if not terms or not all(isinstance(term, str) for term in terms):
         raise ValueError(f"at must be a string or several of them, got {at!r}")
     places = _Places(seen)
@@ -593,7 +616,7 @@ class _Places:
         parts = [_TERM.fullmatch(part) for part in term.split(".")]
         names = [part["place"] for part in parts if part]
         known = ("stages", "blocks", "residual", "inner", "expanded", "head", "input", "pool", "convolutions")
-        if len(names) == len(parts) and set(names) <= set(known) and not self._is_module(term):
+        if len(names) == len(parts) and set(names) <= set(known):
             if len(parts) > 2 or (len(parts) == 2 and names[0] != "stages"):
                 raise SurgeryError(f'at={term!r}: only "stages" may have a place inside, such as "stages[2].blocks"')
             found = self._sliced(self._place(names[0]), parts[0]["slice"], names[0])  # type: ignore[index]
@@ -620,9 +643,6 @@ class _Places:
 
     def _order(self, place: _Place) -> int:
         return self.order[id(place.call)]
-
-    def _is_module(self, name: str) -> bool:
-        return name not in ("stages", "blocks", "head") and name in dict(self.seen.model.named_modules())
 
     def _sliced(self, found: list[_Place], text: str | None, term: str) -> list[_Place]:
         if text is None:
@@ -733,7 +753,8 @@ class _Places:
         height, width = self.seen.image.shape[2:]
 
         def shaped_like_the_image(h: int, w: int) -> bool:
-            return h <= height and w <= width and abs(h - w * height / width) < 1
+            close = abs(h - w * height / width) < 1 or abs(w - h * width / height) < 1  # rounded along either axis
+            return h <= height and w <= width and close
 
         if not tensor.is_floating_point() or tensor.shape[:1] != (BATCH,) or 0 in tensor.shape:
             return None
@@ -771,10 +792,11 @@ class _Places:
         )
 
     def _last_usable(self, calls: list[_Call]) -> _Place | None:
-        """Of the calls that returned one tensor, the last that can carry a hook, a norm only if there is no other."""
+        """Of the calls that returned one tensor, the last before a path is dropped; a norm only if need be."""
         places = [p for p in (self._usable(call) for call in calls) if isinstance(p, _Place)]
-        sturdy = [p for p in places if not isinstance(p.call.module, nn.modules.batchnorm._NormBase)]
-        return next(reversed(sturdy or places), None)
+        kept = [p for p in places if "drop" not in type(p.call.module).__name__.lower()] or places
+        sturdy = [p for p in kept if not isinstance(p.call.module, nn.modules.batchnorm._NormBase)]
+        return next(reversed(sturdy or kept), None)
 
     # --- the places
 
@@ -898,15 +920,23 @@ class _Places:
         return self._before_pointwise(is_expanded_depthwise)
 
     def _head(self) -> list[_Place]:
-        last = self.levels[-1].site if self.levels else None
-        places = [p for p in map(self._usable, self.seen.calls) if isinstance(p, _Place)]
+        """The last feature map before the pool and the classifier."""
+        last = self.levels[-1] if self.levels else None
+        if last and id(last.tensor) in self.seen.outputs:
+            return [last]
+        config = getattr(self.seen.model, "default_cfg", None) or {}
+        classifiers = (*_tuple(config.get("classifier") or ()), "head", "classifier", "fc")
+        end = min((pool.call.start for pool in self._pool()), default=len(self.seen.operations))
+        places = [p for p in map(self._usable, self.seen.calls) if isinstance(p, _Place) and p.call.end <= end]
+        places = [p for p in places if p.site.name.split(".")[0] not in classifiers]
         if last:
-            places = [p for p in places if (p.site.height, p.site.width) == (last.height, last.width)]
-        return places[-1:]
+            size = last.site.height, last.site.width
+            places = [p for p in places if (p.site.height, p.site.width) == size]
+        return places[-1:] or ([last] if last else [])
 
     def _input(self) -> list[_Place]:
         image = self.seen.image
-        takers = [c for c in self.seen.calls if c.name and c.given and c.given[0][0] is image]
+        takers = [c for c in self.once.values() if c.given and c.given[0][0] is image]
         if not takers:
             return []
         first = min(takers, key=lambda call: (call.start, len(call.stack)))
@@ -917,11 +947,11 @@ class _Places:
         found = []
         for call in self.seen.calls:
             named = "pool" in (call.name.rpartition(".")[2] + type(call.module).__name__).lower()
-            if not (named and call.given and isinstance(call.returned, Tensor)) or self.seen.count[call.name] != 1:
+            if not (named and call.name and call.given and isinstance(call.returned, Tensor)):
                 continue
             before, after = self._layout(call.given[0][0]), call.returned.shape
-            if before and before[1] * before[2] > 1 and (len(after) == 2 or after[2:].numel() == 1):
-                found.append(_Place(Site(call.name, *before, side="input"), call))
+            if before and self.seen.count[call.name] == 1 and (len(after) == 2 or after[2:].numel() == 1):
+                found.append(_Place(Site(call.name, *before, side="instead"), call))
         outer = [p for p in found if not any(p.site.name.startswith(f"{o.site.name}.") for o in found)]
         return outer[-1:]
 
@@ -931,8 +961,12 @@ class _Places:
             for call, convolution in self._convolutions_in(unit):
                 before = self._layout(call.given[0][0]) if call.given else None
                 if before and max(convolution.kernel_size) > 1 and self.seen.count[call.name] == 1:
-                    found.append(_Place(Site(call.name, *before, side="input"), call))
+                    found.append(_Place(Site(call.name, *before, side="instead"), call))
         return found
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _size(module: nn.Module) -> int:

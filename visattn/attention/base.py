@@ -35,12 +35,11 @@ class Attention(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Attention":
         module = super().__new__(cls)
-        if args or kwargs:  # none when copy or pickle make an empty shell, whose state follows
-            try:
-                bound = inspect.signature(cls).bind(*args, **kwargs)
-            except TypeError:
-                bound = None  # __init__ is about to raise the clearer error
-            object.__setattr__(module, "arguments", dict(bound.arguments) if bound else {})
+        try:
+            bound = inspect.signature(cls).bind(*args, **kwargs).arguments
+        except TypeError:  # copy and pickle make an empty shell; else __init__ is about to raise the clearer error
+            bound = {}
+        object.__setattr__(module, "arguments", dict(bound))
         return module
 
     @property
