@@ -191,7 +191,7 @@ def test_a_callers_own_class_comes_from_the_caller(x, tmp_path):
 
 def test_what_takes_the_place_of_a_convolution(x, tmp_path):
     model = timm.create_model("test_resnet")
-    site = Site("layer2.0.conv2", 48, 8, 8, 8, "nchw", side="input")
+    site = Site("layer2.0.conv2", 48, 8, 8, 8, "nchw", side="instead")
     convolution = model.layer2[0].conv2
     made = Double(convolution.in_channels, out_channels=convolution.out_channels, stride=convolution.stride[0])
     attach(model, made, site, gated=False)

@@ -490,7 +490,8 @@ def _input_sizes(model: nn.Module, given: int | Sequence[int] | None) -> list[tu
         (m.img_size for m in model.modules() if isinstance(getattr(m, "img_size", None), tuple)), declared[1:]
     )
     if given is not None:
-        numbers = (given, given) if isinstance(given, int) else tuple(given)
+        numbers = _tuple(given)
+        numbers = numbers * 2 if len(numbers) == 1 else numbers
         if len(numbers) not in (2, 3) or min(numbers) < 1:
             raise ValueError(f"input_size must be n, (h, w) or (c, h, w) in pixels, got {given!r}")
         if len(numbers) == 3:

@@ -57,6 +57,10 @@ def test_a_mistake_is_one_line_that_helps(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_a_size_may_be_one_number(capsys):
+    assert sites(capsys, "resnet18", "--at", "stages[-1]", "--input-size", "64")[0]["height"] == 2
+
+
 def test_a_size_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["sites", "resnet50", "--input-size", "large"])

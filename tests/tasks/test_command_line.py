@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import visattn
 from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, with_packaged_configs
@@ -159,6 +161,45 @@ def test_packaged_configurations_are_found_by_name(tmp_path):
     assert with_packaged_configs(["quickstart.yaml"]) == ["quickstart.yaml"]
     (tmp_path / "quickstart.yaml").touch()
     assert with_packaged_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", "quickstart.yaml"]
+
+
+def test_a_refused_resumption_leaves_its_run_as_it_was(tmp_path, capsys):
+    run_cli(tiny("fit", "--trainer.default_root_dir runs"))
+    config = Path("runs/version_0/config.yaml").read_bytes()
+    assert "the model is in runs/version_0/model" in capsys.readouterr().out
+    other = "--trainer.default_root_dir runs --ckpt_path last --model.backbone resnet18"
+    with pytest.raises(SystemExit):
+        run_cli(tiny("fit", other))
+    assert "the checkpoint holds backbone 'test_resnet', the model has 'resnet18'" in capsys.readouterr().err
+    assert Path("runs/version_0/config.yaml").read_bytes() == config
+    Path("runs/version_0/checkpoints/last.ckpt").write_bytes(b"PK damaged")
+    with pytest.raises(SystemExit):
+        run_cli(tiny("fit", "--trainer.default_root_dir runs --ckpt_path last"))
+    assert "last.ckpt is damaged or no checkpoint" in capsys.readouterr().err
+
+
+def test_what_was_never_trained_is_not_tested(capsys):
+    with pytest.raises(SystemExit):
+        run_cli(tiny("test"))
+    assert "error: ckpt_path must be given to test: best, last or a file" in capsys.readouterr().err
+
+
+def test_many_labels_are_judged_by_their_mean_precision(tmp_path):
+    rows = ["filename,labels"]
+    for number in range(24):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)).save(f"{number}.png")
+        rows.append(f"{number}.png,{'red|blue' if number % 2 else 'blue' if number % 3 else 'red'}")
+    Path("labels.csv").write_text("\n".join(rows) + "\n")
+    run_cli(
+        shlex.split(
+            f"fit --model.backbone test_resnet --data.root {tmp_path} --data.size 32 --data.batch_size 8"
+            f" --data.workers 0 --trainer.max_epochs 1 --trainer.accelerator cpu --trainer.default_root_dir runs{QUIET}"
+        )
+    )
+    model = visattn.load("runs/version_0/model")
+    assert model.task == "multi-label classification"
+    assert sorted(model.labels) == ["blue", "red"]
+    assert Path("runs/version_0/checkpoints/best.ckpt").is_file()
 
 
 def test_last_is_that_of_the_newest_run(tmp_path):

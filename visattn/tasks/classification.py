@@ -154,7 +154,13 @@ class Classification(pl.LightningModule):
         config = timm.get_pretrained_cfg(h["backbone"]) if ":" not in h["backbone"] else None
         if pretrained and config and not config.has_weights:
             raise ValueError(f"pretrained must be false for backbone {h['backbone']!r}: timm has no weights of it")
-        model: Any = timm.create_model(h["backbone"], pretrained=pretrained, **h["backbone_args"])
+        try:
+            model: Any = timm.create_model(h["backbone"], pretrained=pretrained, **h["backbone_args"])
+        except OSError as error:
+            raise ValueError(
+                f"the trained weights of backbone {h['backbone']!r} cannot be had ({str(error).splitlines()[0]}); "
+                f"without a network give pretrained=false, or local-dir:FOLDER as backbone"
+            ) from error
         if pretrained and model.num_classes != model.pretrained_cfg.get("num_classes"):
             for head in _heads(model):  # some of timm's start with logits so large that unlearning them takes epochs
                 if isinstance(head, (nn.Linear, nn.Conv2d)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from visattn import attention
@@ -21,6 +21,7 @@ from visattn.data.transforms import Preprocess
 from visattn.tasks.classification import Classification
 from visattn.tasks.run import (
     CHECKPOINTS,
+    Best,
     Last,
     Log,
     Outcome,
@@ -39,11 +40,13 @@ EXPECTED = (  # warnings of Lightning about what is meant to be so
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration of a training into its folder."""
+    """Writes the resolved configuration of a training into its folder, once what it resumes has been restored."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Wait: a resumption that is refused must leave the configuration of its run as it was."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class CommandLine(LightningCLI):
@@ -69,7 +72,7 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Best, "checkpoint")
         defaults = {"filename": "best", "monitor": "val/top1", "mode": "max", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
 
@@ -85,9 +88,15 @@ class CommandLine(LightningCLI):
         super().instantiate_classes()
         if self.ckpt_path:  # weights and preprocessing come from there
             self.model.pretrained = False
-            held = torch.load(self.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                held = torch.load(self.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # of many kinds, and none says which file
+                said = " ".join(str(error).split())[:120]
+                raise ValueError(f"{self.ckpt_path} is damaged or no checkpoint ({said})") from error
             known = held.get("visattn", {}).get("visattn", {}).get("transform")
             expected = Preprocess(**known) if known else None
+        elif self.subcommand != "fit" and not self.model.pretrained:
+            raise ValueError(f"ckpt_path must be given to {self.subcommand}: best, last or a file")
         else:
             expected = self.model.expects()
         if expected:

@@ -84,6 +84,14 @@ class Log(CSVLogger):
         return self._experiment
 
 
+class Best(ModelCheckpoint):
+    """Keeps the best state, by default of top-1, or of the mean precision where an image has many labels."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor == "val/top1" and pl_module.hparams["multi_label"]:
+            self.monitor = "val/mAP"
+
+
 class Last(ModelCheckpoint):
     """Keeps the state at the end of the newest epoch, from which a run resumes exactly."""
 
@@ -110,6 +118,7 @@ class Outcome(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._leave(trainer, pl_module, "finished")
+            print(f"the model is in {folder(trainer) / 'model'}")
             Path(folder(trainer), CHECKPOINTS, INTERRUPTED).unlink(missing_ok=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
