@@ -1,4 +1,4 @@
-"""Look for the places in every architecture of timm, on the meta device: about 25 minutes of one core.
+"""Look for the places in every architecture of timm, on the meta device: about 20 minutes of one core.
 
     python -m benchmarks.timm_survey > docs/timm_survey.md
 
