@@ -192,3 +192,11 @@ def test_a_saved_model_predicts_as_it_does_in_python(capsys, folder, tmp_path):
     assert len(line["maps"]) == 4
     assert main(["predict", str(tmp_path / "mine"), str(folder / "b.png")]) == 0
     assert "[b]bird" in capsys.readouterr().out
+
+
+def test_the_overview_says_how_far_the_gates_have_opened():
+    model = visattn.insert(timm.create_model("resnet18"), visattn.CBAM, at="stages[:2]")
+    assert predict.gates(visattn.insert(timm.create_model("resnet18"), visattn.CBAM, gate=None)) == ""
+    for value, inserted in zip((0.25, -0.5), visattn.insertions(model), strict=True):
+        torch.nn.init.constant_(inserted.gate, value)
+    assert predict.gates(model) == "   gates -0.50 to 0.25"

@@ -19,6 +19,7 @@ from visattn.commands import show
 from visattn.data.sources import IMAGES, Folder
 from visattn.data.transforms import Preprocess
 from visattn.record import record
+from visattn.surgery import insertions
 
 
 def positive(text: str) -> int:
@@ -117,7 +118,7 @@ def run(args: Namespace) -> int:
                 if args.maps:
                     photo = denormalised(x[0], model.transform)
                     folder = args.maps / (file.relative_to(args.images) if args.images.is_dir() else file.name)
-                    title = f"{file.name}: {found[0][0]} {found[0][1]:.2f}"
+                    title = f"{file.name}: {found[0][0]} {found[0][1]:.2f}{gates(model)}"
                     result["maps"] = draw(
                         photo, maps, folder, title, tuple(args.query) if args.query else None, undrawn
                     )
@@ -131,6 +132,12 @@ def run(args: Namespace) -> int:
     if skipped:
         print(f"{len(skipped)} of {len(paths)} images could not be read and were skipped", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def gates(model: nn.Module) -> str:
+    """Say by how much of what is drawn the gates let through, where there are any."""
+    opened = [inserted.gate.item() for inserted in insertions(model) if inserted.gate is not None]
+    return f"   gates {min(opened):.2f} to {max(opened):.2f}" if opened else ""
 
 
 def denormalised(x: Tensor, transform: Preprocess) -> ndarray:
