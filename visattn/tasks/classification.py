@@ -201,8 +201,10 @@ class Classification(pl.LightningModule):
 
     def expects(self) -> Preprocess | None:
         """Return what the trained weights of the backbone expect of an image; None where it starts with none."""
-        args = self.hparams["backbone_args"] or {}
-        return Preprocess.of(timm.create_model(self.hparams["backbone"], **args)) if self.pretrained else None
+        if not self.pretrained:
+            return None
+        with torch.device("meta"):  # only what it says of itself is asked, not its weights
+            return Preprocess.of(timm.create_model(self.hparams["backbone"], **(self.hparams["backbone_args"] or {})))
 
     def _check_classes(self) -> None:
         for name, given in (("labels", self.labels), ("class_weights", self.hparams["class_weights"])):
