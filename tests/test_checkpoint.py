@@ -40,7 +40,7 @@ class Scale(Attention):
 class Double(Attention):
     """Takes the place of a convolution."""
 
-    replaces = True
+    replaces = "convolution"
 
     def __init__(self, channels: int, *, out_channels: int, stride: int):
         super().__init__()

@@ -44,19 +44,37 @@ class Elsewhere(Attention):
 class Swap(Attention):
     """Takes the place of a convolution."""
 
-    replaces = True
+    replaces = "convolution"
     place = "convolutions"
     paper = "none"
 
-    def __init__(self, channels: int, *, out_channels: int, stride: int = 1, groups: int = 1):
+    def __init__(self, channels: int, *, out_channels: int | None = None, stride: int = 1, groups: int = 1):
         super().__init__()
-        self.convolution = nn.Conv2d(channels, out_channels, 1, stride, groups=groups)
+        self.convolution = nn.Conv2d(channels, out_channels or channels, 1, stride, groups=groups)
 
     def attend(self, x: Tensor) -> Tensor:
         return self.convolution.weight
 
     def read(self, x: Tensor, *, weights: Tensor) -> Tensor:
         return self.convolution(x)
+
+
+class Corner(Attention):
+    """Takes the place of a pool: picks the first position."""
+
+    replaces = "pool"
+    place = "pool"
+    paper = "none"
+
+    def __init__(self, channels: int, *, out_channels: int | None = None):
+        super().__init__()
+        self.out_channels = out_channels
+
+    def attend(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(0), 1)
+
+    def read(self, x: Tensor, *, weights: Tensor) -> Tensor:
+        return x[:, :, 0, 0]
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -338,11 +356,60 @@ def test_a_convolution_is_swapped_and_comes_back(model, x):
     assert torch.equal(model(x), before)
 
 
-def test_a_module_that_replaces_goes_where_something_is_to_be_replaced_and_no_other_does(model):
-    with pytest.raises(SurgeryError, match='Swap takes the place of a module: at may only be "convolutions" or "pool"'):
-        insert(model, partial(Swap, out_channels=3), at="layer1")
-    with pytest.raises(SurgeryError, match='CBAM does not take the place of a module: at may not be "convolutions"'):
+def test_only_what_can_take_a_place_takes_it(model):
+    with pytest.raises(SurgeryError, match="CBAM does not take the place of a pool, as at global_pool"):
         insert(model, CBAM, at="pool")
+    with pytest.raises(SurgeryError, match="Swap does not take the place of a pool, as at global_pool"):
+        insert(model, Swap, at="pool")
+    with pytest.raises(SurgeryError, match="Corner does not take the place of a convolution, as at layer2"):
+        insert(model, Corner, at="stages[1].convolutions")
+    with pytest.raises(SurgeryError, match='Corner takes the place of a pool: at must be "pool", got a site at layer1'):
+        insert(model, Corner, at="layer1")
+
+
+def test_a_substitute_for_a_convolution_may_stand_behind_one_instead_unchanged_at_insertion(model, x):
+    before = model(x)
+    insert(model, Swap, at="layer1")
+    (inserted,) = insertions(model)
+    assert torch.equal(model(x), before)
+    assert (inserted.gate.shape, inserted.attention.convolution.out_channels) == ((1,), 64)
+    nn.init.ones_(inserted.gate)
+    assert not torch.equal(model(x), before)
+    assert torch.equal(remove(model)(x), before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "test_convnext", "swin_tiny_patch4_window7_224"])
+def test_a_pool_gets_a_map_and_gives_what_the_pool_before_gave(name):
+    model = timm.create_model(name, num_classes=4).eval()
+    image = torch.randn(2, 3, *model.default_cfg["input_size"][1:])
+    with torch.no_grad():
+        before, features = model(image), model.forward_features(image)
+        if features.shape[1] != model.num_features:
+            features = features.movedim(-1, 1)  # channels last
+        insert(model, Corner, at="pool")
+        (inserted,) = insertions(model)
+        pooled = []
+        watch = inserted.attention.register_forward_hook(lambda module, args, output: pooled.append((*args, output)))
+        after = model(image)
+        watch.remove()
+    ((given, output),) = pooled
+    assert torch.equal(given, features)
+    assert inserted.attention.out_channels == features.shape[1]
+    assert torch.equal(output.flatten(), features[:, :, 0, 0].flatten())  # with axes of one where the pool had them
+    assert after.shape == before.shape
+    assert not torch.allclose(after, before)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        assert torch.equal(twin(image), after)
+        assert torch.equal(remove(model)(image), before)
+
+
+def test_a_pool_that_timm_made_anew_is_replaced_again(model, x):
+    insert(model, Corner, at="pool")
+    model.reset_classifier(3)
+    assert not isinstance(model.global_pool, Corner)
+    assert isinstance(visattn.restore(model).global_pool, Corner)
+    assert torch.equal(model(x), model.fc(model.forward_features(x)[:, :, 0, 0]))
 
 
 def test_what_hangs_on_a_convolution_stays_when_it_is_swapped(model, x):

@@ -572,7 +572,7 @@ def _architecture(model: nn.Module) -> str | None:
 
 def _ours(model: nn.Module) -> tuple[str, ...]:
     """How the names of the inserted weights start."""
-    replaced = (f"{i.site.name}." for i in insertions(model) if i.attention.replaces)
+    replaced = (f"{i.site.name}." for i in insertions(model) if i.site.side == "instead")
     return ("visattn.", *replaced)
 
 

@@ -51,6 +51,7 @@ class Site:
         output: Which element, where the module returns a list or a tuple.
         side: Whether the map is what the module returns or what it is given; ``"instead"``: a module that replaces
             takes what is given there.
+        axes: Whether a pool there leaves height and width as axes of one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Site:
     prefix: int = 0
     output: int | None = None
     side: Literal["output", "input", "instead"] = "output"
+    axes: bool = False
 
     def to_map(self, x: Tensor) -> Tensor:
         """View what flows through the site as (b, c, h, w)."""
@@ -107,7 +109,7 @@ class Inserted(nn.Module):
         super().__init__()
         self.site = site
         self.original: tuple[nn.Module, ...] = ()  # the module that was replaced, kept out of the state_dict
-        if attention.replaces:
+        if site.side == "instead":
             self.__dict__["attention"] = attention  # registered at the site itself
         else:
             self.attention = attention
@@ -163,6 +165,20 @@ class _InputHook(_OutputHook):
         return (self.inserted.on(args[0]), *args[1:])
 
 
+class _MapHook(_OutputHook):
+    """Gives a module that stands in place of another its map as (b, c, h, w)."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        return (self.inserted.site.to_map(args[0]),)
+
+
+class _AxesHook(_OutputHook):
+    """Gives the vectors of a pool the axes that those of the pool before had."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return output[:, None, None] if self.inserted.site.layout == "nhwc" else output[:, :, None, None]
+
+
 # --- the four verbs ---------------------------------------------------------------------------------------------------
 
 
@@ -211,8 +227,8 @@ def insert(
             site.
         at: Where, in the grammar of :func:`sites`; left out, where the module's paper puts it.
         gate: ``"identity"`` leaves the output of the model unchanged, bit for bit: a gate that starts at zero is added
-            where the module is not the identity already. None puts the module there as in its paper. A module that
-            replaces another has no gate, and changes the output.
+            where the module is not the identity already. None puts the module there as in its paper. A module in the
+            place of a convolution or a pool has no gate, and changes the output.
         input_size: As in :func:`sites`.
 
     Returns:
@@ -244,7 +260,7 @@ def insert(
         log.warning("%s keeps its tokens in the order of mask units, not row by row", type(model).__name__)
     made = [(_make_for(make, cls, model, site), site) for site in found]
     for attention, site in made:
-        gated = gate == "identity" and not attention.identity_at_init and not attention.replaces
+        gated = gate == "identity" and not attention.identity_at_init and site.side != "instead"
         attach(model, attention, site, gated=gated)
     return model
 
@@ -261,15 +277,15 @@ def remove(model: nn.Module) -> nn.Module:
     """
     root = _root(model)
     here = insertions(root)
+    for module in root.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, _OutputHook) and h.inserted in here]:
+                del hooks[key]
     for inserted in reversed(here):
         if inserted.original:
             like = next((p for p in root.parameters() if p.is_floating_point()), None)
             original = inserted.original[0] if like is None else inserted.original[0].to(like.device, like.dtype)
             root.set_submodule(inserted.site.name, original.train(inserted.attention.training))
-    for module in root.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, h in hooks.items() if isinstance(h, _OutputHook) and h.inserted in here]:
-                del hooks[key]
     if here:
         del root.visattn
     return model
@@ -298,19 +314,23 @@ def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -
     except AttributeError as error:
         raise SurgeryError(f"no module is named {site.name!r} in {type(model).__name__}") from error
     name = type(attention).__name__
-    if attention.replaces != (site.side == "instead"):
-        rule = "takes the place of a module" if attention.replaces else "does not take the place of a module"
-        fit = "only" if attention.replaces else "not"
-        raise SurgeryError(f'{name} {rule}: at may {fit} be "convolutions" or "pool", got a site at {site.name}')
+    if site.side == "instead":
+        kind = module.replaces if isinstance(module, Attention) else _kind(module)
+        if attention.replaces != kind:
+            raise SurgeryError(f"{name} does not take the place of a {kind}, as at {site.name}")
+    elif attention.replaces == "pool":
+        raise SurgeryError(f'{name} takes the place of a pool: at must be "pool", got a site at {site.name}')
     inserted = Inserted(attention, site, gated=gated)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     for part in (attention, inserted):
         part.train(model.training)
         if like is not None:
             part.to(like.device, like.dtype)
-    if attention.replaces:
+    if site.side == "instead":
         inserted.original = (module,)
         model.set_submodule(site.name, attention)
+        if hasattr(module, "pool_type"):  # timm asks for it when its classifier is reset
+            attention.__dict__["pool_type"] = module.pool_type
     held = model._modules.get("visattn")
     if not isinstance(held, _Insertions):
         held = model.visattn = _Insertions()
@@ -319,16 +339,21 @@ def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -
     return inserted
 
 
+def _kind(module: nn.Module) -> Literal["convolution", "pool"]:
+    """What is replaced where a module at an ``"instead"`` site is."""
+    return "convolution" if isinstance(module, nn.Conv2d) else "pool"
+
+
 def _refuse_compiled(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
         raise SurgeryError("model is compiled already: insert first, then torch.compile")
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Put back the hooks that a converter lost, in place.
+    """Put back what a converter lost, in place.
 
-    Converters such as those to synchronised batch norm build some modules anew, and what hung on them is gone. Call
-    this after one; it does nothing where nothing is missing.
+    Converters such as those to synchronised batch norm build some modules anew, and what hung on them is gone; timm's
+    ``reset_classifier`` makes a new pool. Call this after one; it does nothing where nothing is missing.
     """
     for inserted in insertions(model):
         _hook(model, inserted)
@@ -336,23 +361,35 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _hook(model: nn.Module, inserted: Inserted) -> None:
-    if inserted.attention.replaces:
-        return
+    site = inserted.site
     try:
-        module = model.get_submodule(inserted.site.name)
+        module = model.get_submodule(site.name)
     except AttributeError as error:
-        raise SurgeryError(f"no module is named {inserted.site.name!r} in {type(model).__name__} any more") from error
-    if inserted.site.side == "output":
-        module = _carrier(module)
-    hooks = module._forward_hooks if inserted.site.side == "output" else module._forward_pre_hooks
-    if any(isinstance(hook, _OutputHook) and hook.inserted is inserted for hook in hooks.values()):
-        return
-    if inserted.site.side == "output":
-        module.register_forward_hook(_OutputHook(inserted))
+        raise SurgeryError(f"no module is named {site.name!r} in {type(model).__name__} any more") from error
+    if site.side == "instead":
+        if not isinstance(module, Attention):
+            inserted.original = (module,)
+            model.set_submodule(site.name, inserted.attention)
+        if site.layout != "nchw":
+            _hang(
+                inserted.attention._forward_pre_hooks, inserted.attention.register_forward_pre_hook, _MapHook(inserted)
+            )
+        if site.axes:
+            _hang(inserted.attention._forward_hooks, inserted.attention.register_forward_hook, _AxesHook(inserted))
+    elif site.side == "input":
+        _hang(module._forward_pre_hooks, module.register_forward_pre_hook, _InputHook(inserted))
     else:
-        module.register_forward_pre_hook(_InputHook(inserted))
-    ours = {key: hook for key, hook in hooks.items() if isinstance(hook, _OutputHook)}
-    others = {key: hook for key, hook in hooks.items() if key not in ours}
+        module = _carrier(module)
+        _hang(module._forward_hooks, module.register_forward_hook, _OutputHook(inserted))
+
+
+def _hang(hooks: dict[int, Any], register: Callable[[Any], Any], hook: _OutputHook) -> None:
+    """Register a hook if it is not there yet, before the hooks of others."""
+    if any(isinstance(other, _OutputHook) and other.inserted is hook.inserted for other in hooks.values()):
+        return
+    register(hook)
+    ours = {key: other for key, other in hooks.items() if isinstance(other, _OutputHook)}
+    others = {key: other for key, other in hooks.items() if key not in ours}
     hooks.clear()
     hooks.update({**ours, **others})  # so that timm's own hooks (features_only) see what we return
 
@@ -383,8 +420,10 @@ def _class_made_by(make: Callable[..., Attention]) -> type[Attention] | None:
 def _make_for(make: Callable[..., Attention], cls: type[Attention] | None, model: nn.Module, site: Site) -> Attention:
     known: dict[str, Any] = {"size": (site.height, site.width)}
     module = model.get_submodule(site.name)
-    if isinstance(module, nn.Conv2d):
+    if site.side == "instead" and isinstance(module, nn.Conv2d):
         known |= {"out_channels": module.out_channels, "stride": module.stride[0], "groups": module.groups}
+    elif site.side == "instead":
+        known["out_channels"] = site.channels
     given: dict[str, Any] = {}
     if cls is not None:
         named = inspect.signature(cls).parameters
@@ -952,7 +991,8 @@ class _Places:
                 continue
             before, after = self._layout(call.given[0][0]), call.returned.shape
             if before and self.seen.count[call.name] == 1 and (len(after) == 2 or after[2:].numel() == 1):
-                found.append(_Place(Site(call.name, *before, side="instead"), call))
+                axes = len(after) == 4
+                found.append(_Place(Site(call.name, *before, side="instead", axes=axes), call))
         outer = [p for p in found if not any(p.site.name.startswith(f"{o.site.name}.") for o in found)]
         return outer[-1:]
 

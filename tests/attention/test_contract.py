@@ -1,109 +1,31 @@
-"""What holds for every attention module; one line in the table brings a module under all of it."""
+"""What holds for every attention module; one line in a module's own test file brings it under all of it."""
 
 import copy
+import importlib
 import inspect
 import io
+import math
 import pickle
 import re
 import typing
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError, jaxtyped
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
+from tests.attention.case import Case
 from visattn import attention
-from visattn.attention import (
-    BAM,
-    CBAM,
-    Attention,
-    ChannelGate,
-    EfficientChannelAttention,
-    NonLocal,
-    SelfAttention2d,
-    SpatialGate,
-    SqueezeExcitation,
-)
+from visattn.attention import Attention, SqueezeExcitation
 
-
-class Case(NamedTuple):
-    """A module with some options, and what its paper says of them."""
-
-    cls: type[Attention]
-    options: dict[str, Any]
-    parameters: Callable[[int], int]
-    """How many parameters, by channels."""
-    golden: tuple[int, int]
-    """The same at 64 and at 256 channels, as counted in reference implementations."""
-    grid: tuple[int, ...] = (5, 7)
-    sums_to_one: int | None = None
-    """The axis over which the weights sum to one, if they do."""
-    norm_over: Literal["positions", "samples"] | None = None
-    """What a batch norm inside takes its statistics over; training needs at least two of them."""
-
-    def make(self, channels: int) -> Attention:
-        return self.cls(channels, **self.options)
-
-    def lively(self, channels: int = 64, dtype: torch.dtype = torch.double) -> Attention:
-        """A module in which nothing is zero and nothing the identity."""
-        module = self.make(channels).to(dtype).eval()
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        for name, buffer in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                nn.init.uniform_(buffer, 0.5, 1.5)
-        return module
-
-    def input(self, batch: int = 2, channels: int = 64, dtype: torch.dtype = torch.double) -> Tensor:
-        return torch.randn(batch, channels, *self.grid, dtype=dtype)
-
-    def __str__(self) -> str:
-        options = "".join(f"-{name}={value}" for name, value in self.options.items())
-        return self.cls.__name__ + options + (f"-{len(self.grid)}d" if len(self.grid) != 2 else "")
-
-
-CASES = [
-    Case(SqueezeExcitation, {}, lambda c: c * c // 8 + c // 16 + c, (580, 8464)),
-    Case(SqueezeExcitation, {"bias": False}, lambda c: c * c // 8, (512, 8192)),
-    Case(EfficientChannelAttention, {}, lambda c: c.bit_length() // 2 | 1, (3, 5)),
-    Case(EfficientChannelAttention, {"kernel_size": 7}, lambda c: 7, (7, 7)),
-    Case(ChannelGate, {}, lambda c: c * c // 8 + c // 16 + c, (580, 8464)),
-    Case(SpatialGate, {}, lambda c: 2 * 7 * 7 + 2, (100, 100), norm_over="positions"),
-    Case(SpatialGate, {"kernel_size": 3}, lambda c: 2 * 3 * 3 + 2, (20, 20), norm_over="positions"),
-    *(
-        Case(CBAM, options, lambda c: c * c // 8 + c // 16 + c + 2 * 7 * 7 + 2, (680, 8564), norm_over="positions")
-        for options in ({}, {"order": "spatial-channel"}, {"zero_init": True})
-    ),
-    *(
-        Case(
-            BAM,
-            options,
-            lambda c: 3 * c * c // 16 + 18 * (c // 16) ** 2 + 13 * c // 16 + c + 1,
-            (1173, 17_361),
-            norm_over="samples",
-        )
-        for options in ({}, {"combine": "product"}, {"dilation": 1})
-    ),
-    *(
-        Case(NonLocal, options, parameters, golden, grid, -1 if softmax else None, norm_over="positions")
-        for options, parameters, golden, softmax in (
-            ({}, lambda c: 2 * c * c + 3 * c // 2 + 3 * c, (8480, 132_224), True),
-            ({"scale": True}, lambda c: 2 * c * c + 3 * c // 2 + 3 * c, (8480, 132_224), True),
-            ({"subsample": "pre"}, lambda c: 2 * c * c + 3 * c // 2 + 3 * c, (8480, 132_224), True),
-            ({"subsample": "post"}, lambda c: 2 * c * c + 3 * c // 2 + 3 * c, (8480, 132_224), True),
-            ({"affinity": "gaussian"}, lambda c: c * c + c // 2 + 3 * c, (4320, 66_432), True),
-            ({"affinity": "dot"}, lambda c: 2 * c * c + 3 * c // 2 + 3 * c, (8480, 132_224), False),
-            ({"affinity": "concatenation"}, lambda c: 2 * c * c + 5 * c // 2 + 3 * c, (8544, 132_480), False),
-        )
-        for grid in ([(5, 7)] if options else [(5, 7), (7,), (2, 5, 7)])
-    ),
-    Case(NonLocal, {"norm": False}, lambda c: 2 * c * c + 5 * c // 2, (8352, 131_712), sums_to_one=-1),
-    Case(SelfAttention2d, {}, lambda c: c * c // 2 + 1, (2049, 32_769), sums_to_one=-1),
-    Case(SelfAttention2d, {"form": "released"}, lambda c: 5 * c * c // 4 + 1, (5121, 81_921), sums_to_one=-1),
-    Case(SelfAttention2d, {"spectral_norm": True}, lambda c: c * c // 2 + 1, (2049, 32_769), sums_to_one=-1),
+HERE = Path(__file__).parent
+FILES = [file for file in sorted(HERE.glob("*/test_*.py")) if "\nCASES = [" in file.read_text("utf-8")]
+CASES: list[Case] = [
+    case for file in FILES for case in importlib.import_module(f"tests.attention.{file.parent.name}.{file.stem}").CASES
 ]
 CLASSES = sorted({case.cls for case in CASES}, key=lambda cls: cls.__name__)
 
@@ -112,8 +34,24 @@ every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name
 either_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
+HEADS_COST = {
+    "EfficientAttention": "a head mixes its own features only",
+    "LambdaAttention": "all heads share keys and values, whose width is that of a head",
+    "OutlookAttention": "a head has its own weights, made by a layer",
+}
+
+
 def tensors(weights: Any) -> tuple[Tensor, ...]:
     return (weights,) if isinstance(weights, Tensor) else tuple(weights)
+
+
+def close(ours: Any, theirs: Any, tolerance: float = 1e-11) -> None:
+    for one, other in zip(tensors(ours), tensors(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(tensors(ours), tensors(theirs), strict=True))
 
 
 def test_the_table_holds_every_public_module():
@@ -125,9 +63,11 @@ def test_shapes_in_signatures_are_checked_while_testing():
         SqueezeExcitation(64).attend(torch.randn(64))
 
 
-def kinds(cls: type[Attention]) -> list[Any]:
-    """The shapes of the weights, as the signature states them."""
-    kind = typing.get_type_hints(cls.attend)["return"]
+def kinds(method: Any) -> list[Any]:
+    """The shapes of what a method returns, as its signature states them."""
+    kind = typing.get_type_hints(method)["return"]
+    if typing.get_origin(kind) is tuple:
+        return list(typing.get_args(kind))
     return list(typing.get_type_hints(kind).values()) if issubclass(kind, tuple) else [kind]
 
 
@@ -135,11 +75,12 @@ def kinds(cls: type[Attention]) -> list[Any]:
 @either_mode
 def test_keeps_its_shape_contract(case, training):
     module, x = case.lively().train(training), case.input()
-    assert module(x).shape == x.shape
-    weights = tensors(module.attend(x))
+    weights, y = tensors(module.attend(*x)), tensors(module(*x))
+    hints, names = typing.get_type_hints(case.cls.attend), list(inspect.signature(case.cls.attend).parameters)[1:]
     with jaxtyped("context"):  # one meaning of every axis for all of them
-        assert isinstance(x, typing.get_type_hints(case.cls.attend)["x"])
-        for each, kind in zip(weights, kinds(case.cls), strict=True):
+        for each, name in zip(x, names, strict=True):
+            assert isinstance(each, hints[name])
+        for each, kind in zip((*weights, *y), (*kinds(case.cls.attend), *kinds(case.cls.read)), strict=True):
             assert isinstance(each, kind)
             assert each.isfinite().all()
 
@@ -147,47 +88,50 @@ def test_keeps_its_shape_contract(case, training):
 @every_case
 def test_forward_reads_where_it_attends(case):
     module, x = case.lively(), case.input()
-    y = module(x)
-    assert not torch.equal(y, x)
-    torch.testing.assert_close(y, module.read(x, weights=module.attend(x)), rtol=0, atol=1e-11)
+    y = module(*x)
+    assert tensors(y)[0].shape != x[0].shape or not torch.equal(tensors(y)[0], x[0])
+    close(y, module.read(*x, weights=module.attend(*x)))
 
 
 @every_case
 @either_mode
 def test_is_the_identity_at_init_iff_it_says_so(case, training):
-    module, x = case.make(64).train(training), case.input(dtype=torch.float)
-    assert torch.equal(module(x), x) == module.identity_at_init
+    module, x = case.make().train(training), case.input(dtype=torch.float)
+    y = tensors(module(*x))
+    assert (y[0].shape == x[0].shape and torch.equal(y[0], x[0])) == module.identity_at_init
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.cls.neutral is not None], ids=str)
 def test_reads_its_input_bit_for_bit_at_neutral_weights(case):
     module, x = case.lively(dtype=torch.float), case.input(dtype=torch.float)
-    weights = module.attend(x)
+    weights = module.attend(*x)
     neutral = [torch.full_like(w, case.cls.neutral) for w in tensors(weights)]
     neutral = neutral[0] if isinstance(weights, Tensor) else type(weights)(*neutral)
-    assert torch.equal(module.read(x, weights=neutral), x)
+    assert torch.equal(module.read(*x, weights=neutral), x[0])
 
 
 @every_case
 @pytest.mark.parametrize("form", ["fast", "full"])
 def test_gradient_is_correct(case, form):
-    batch, channels = (2, 64) if form == "fast" else (1, 16)
+    fast = form == "fast"
     still = "spectral_norm" in case.options  # its weights take a step in each forward
-    module = case.lively(channels).train(form == "fast" and not still)
-    x = torch.randn(batch, channels, *(case.grid if form == "fast" else (2, 3, 5)[-len(case.grid) :])).double()
-    names, values = zip(*module.named_parameters(), strict=True)
+    small = case.grid if case.fixed else (2, 3, 5)[-len(case.grid) :]
+    module = case.lively(None if fast else case.small).train(fast and not still)
+    x = case.input() if fast else case.input(1, case.small, grid=small)
+    names, values = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
 
-    def call(x: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(module, dict(zip(names, values, strict=True)), (x,))
+    def call(*given: Tensor) -> Any:
+        x, values = given[: case.inputs], given[case.inputs :]
+        return functional_call(module, dict(zip(names, values, strict=True)), x)
 
-    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=form == "fast")
+    assert torch.autograd.gradcheck(call, (*(each.requires_grad_() for each in x), *values), fast_mode=fast)
 
 
 @every_case
 def test_samples_do_not_mix(case):
     module, x = case.lively(), case.input(batch=3)
-    alone = torch.cat([module(sample[None]) for sample in x])
-    torch.testing.assert_close(module(x), alone, rtol=0, atol=1e-11)
+    alone = zip(*(tensors(module(*sample)) for sample in zip(*(each.split(1) for each in x), strict=True)), strict=True)
+    close(module(*x), [torch.cat(each) for each in alone])
 
 
 @every_case
@@ -198,7 +142,7 @@ def test_weights_round_trip(case, way):
         file = io.BytesIO()
         torch.save(module.state_dict(), file)
         file.seek(0)
-        twin = case.make(64).double().eval()
+        twin = case.make().double().eval()
         twin.load_state_dict(torch.load(file, weights_only=True))
     elif way == "pickle" and "spectral_norm" in case.options:  # nor does torch pickle it
         with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
@@ -207,19 +151,22 @@ def test_weights_round_trip(case, way):
     else:
         twin = copy.deepcopy(module) if way == "deepcopy" else pickle.loads(pickle.dumps(module))
     assert twin.arguments == module.arguments
-    assert torch.equal(twin(x), module(x))
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    assert not torch.equal(twin(x), module(x))  # it has its own
+    assert same(twin(*x), module(*x))
+    if list(twin.parameters()):
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not same(twin(*x), module(*x))  # it has its own
 
 
 @every_case
 def test_weights_sum_to_one_where_they_should(case):
-    for weights in tensors(case.lively().attend(case.input())):
-        axes = range(1, weights.ndim) if case.sums_to_one is None else [case.sums_to_one % weights.ndim]
-        ones = [torch.allclose(s, torch.ones_like(s)) for s in (weights.sum(axis) for axis in axes)]
-        assert any(ones) == (case.sums_to_one is not None)
+    several = tensors(case.lively().attend(*case.input()))
+    for weights, axes in zip(several, case.axes(len(several)), strict=True):
+        tried = range(1, weights.ndim) if axes is None else [axes]
+        sums = [weights.sum(axis) for axis in tried if axes is not None or weights.shape[axis] > 1]
+        ones = [torch.allclose(s, torch.ones_like(s)) for s in sums]
+        assert any(ones) == (axes is not None)
 
 
 @every_case
@@ -230,39 +177,41 @@ def test_is_finite_in_bf16_and_keeps_the_input_s_dtype(case, dtype, autocast, tr
     module = case.lively(dtype=torch.float if autocast else dtype).train(training)
     x = case.input(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = module(x)
-    assert y.dtype == dtype
-    assert y.isfinite().all()
+        several = tensors(module(*x))
+    assert all(y.dtype == dtype for y in several)
+    assert all(y.isfinite().all() for y in several)
 
 
 @every_case
 def test_channels_last_gives_the_same(case):
     module, x = case.lively(), case.input()
-    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    assert last.stride() != x.stride()
-    torch.testing.assert_close(module(last), module(x), rtol=0, atol=1e-11)
+    last = [each.movedim(1, -1).contiguous().movedim(-1, 1) for each in x]
+    assert last[0].stride() != x[0].stride()
+    close(module(*last), module(*x))
 
 
 @every_case
 @either_mode
 def test_writes_to_no_input(case, training):
     module, x = case.lively().train(training), case.input()
-    before = x.clone()
-    weights = module.attend(x)
+    before = [each.clone() for each in x]
+    weights = module.attend(*x)
     kept = [w.clone() for w in tensors(weights)]
-    gradient = torch.ones_like(x)
-    (module(x), module.read(x, weights=weights))[0].backward(gradient)
-    assert torch.equal(x, before)
-    assert torch.equal(gradient, torch.ones_like(x))
-    assert all(torch.equal(w, k) for w, k in zip(tensors(weights), kept, strict=True))
+    several = tensors(module(*(each.requires_grad_() for each in x)))
+    gradients = [torch.ones_like(y) for y in several]
+    module.read(*x, weights=weights)
+    torch.autograd.backward(several, gradients)
+    assert same(x, before)
+    assert all(torch.equal(gradient, torch.ones_like(gradient)) for gradient in gradients)
+    assert same(weights, kept)
 
 
 @every_case
 @either_mode
 def test_makes_no_parameter_in_forward(case, training):
-    module = case.make(64).train(training)
+    module = case.make().train(training)
     before = {name: id(p) for name, p in module.named_parameters()}, set(module.state_dict())
-    module(case.input(dtype=torch.float))
+    module(*case.input(dtype=torch.float))
     assert ({name: id(p) for name, p in module.named_parameters()}, set(module.state_dict())) == before
 
 
@@ -272,14 +221,18 @@ def test_makes_no_parameter_in_forward(case, training):
 def test_takes_any_size_one_sample_at_a_time(case, side, training):
     module, ndim = case.lively().train(training), len(case.grid)
     sizes = {"1x1": [1] * ndim, "1xn": [1] * (ndim - 1) + [6], "nx1": [6] + [1] * (ndim - 1), "odd": [3, 9, 7][:ndim]}
-    x = torch.randn(1, 64, *sizes[side], dtype=torch.double)
-    if training and (case.norm_over == "samples" or (case.norm_over == "positions" and side == "1x1")):
+    x = case.input(1, grid=sizes[side])
+    if case.fixed:
+        with pytest.raises(ValueError, match=r"size must be .*5.*7.*, got"):
+            module(*x)
+    elif training and (case.norm_over == "samples" or (case.norm_over == "positions" and side == "1x1")):
         with pytest.raises(ValueError, match=r"more than (1|one) .*got"):
-            module(x)
+            module(*x)
     else:
-        y = module(x)
-        assert y.shape == x.shape
-        assert y.isfinite().all()
+        several = tensors(module(*x))
+        assert all(y.isfinite().all() for y in several)
+        if case.cls.replaces != "pool":
+            assert several[0].shape[2:] == x[0].shape[2:]
 
 
 @every_case
@@ -289,20 +242,23 @@ def test_compiles_without_a_break(case, training, unchecked):
     twin = copy.deepcopy(module)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     for f in (module, compiled):
-        f(x).square().sum().backward()
-    torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-11)
+        sum(y.square().sum() for y in tensors(f(*(each.requires_grad_() for each in x)))).backward()
+    close(compiled(*x), module(*x))
     for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
 @every_case
 def test_exports_with_dynamic_batch_and_size(case, unchecked):
-    module = nn.Sequential(case.lively())  # whose forward names its argument
-    free = {axis: torch.export.Dim.DYNAMIC for axis in (0, *range(2, 2 + len(case.grid)))}
-    program = torch.export.export(module, (case.input(),), dynamic_shapes=(free,), strict=False).module()
+    module = nn.Sequential(case.lively()) if case.inputs == 1 else case.lively()  # whose forward names its argument
+    axes = (0,) if case.fixed else (0, *range(2, 2 + len(case.grid)))
+    free = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in range(case.inputs))
+    shapes = free if case.inputs == 1 else (free,)
+    program = torch.export.export(module, case.input(), dynamic_shapes=shapes, strict=False).module()
     for batch, scale in ((3, 2), (1, 3)):
-        x = torch.randn(batch, 64, *(scale * side + 1 for side in case.grid), dtype=torch.double)
-        torch.testing.assert_close(program(x), module(x), rtol=0, atol=1e-11)
+        grid = case.grid if case.fixed else [scale * side + 1 for side in case.grid]
+        x = case.input(batch, grid=grid)
+        close(program(*x), module(*x))
 
 
 @every_class
@@ -318,12 +274,45 @@ def test_options_are_named(cls):
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in rest)
 
 
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "size" in inspect.signature(cls).parameters])
+def test_says_that_it_needs_a_size(cls):
+    tied = next(case for case in CASES if case.cls is cls and case.fixed)
+    options = {name: value for name, value in tied.options.items() if name != "size"}
+    with pytest.raises(ValueError, match=r"size must be .*, got None"):
+        cls(64, **options)
+
+
 @every_case
-@pytest.mark.parametrize("channels", [64, 256])
-def test_has_the_parameters_its_paper_says(case, channels):
+@pytest.mark.parametrize("which", [0, 1], ids=["narrow", "wide"])
+def test_has_the_parameters_its_paper_says(case, which):
+    channels = case.channels[which]
     count = sum(p.numel() for p in case.make(channels).parameters())
     assert count == case.parameters(channels)
-    assert count == dict(zip((64, 256), case.golden, strict=True))[channels]
+    assert count == case.golden[which]
+
+
+@every_case
+def test_has_the_multiply_adds_its_paper_says(case):
+    *outer, height, width = (1, *case.grid)
+    expected = case.macs(case.channels[0], math.prod(outer) * height, width)
+    module, x = case.make().eval(), case.input(1, dtype=torch.float)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*x)
+    assert counter.get_total_flops() == 2 * expected
+
+
+HEADS = [case for case in CASES if "heads" in inspect.signature(case.cls).parameters and "heads" not in case.options]
+
+
+@pytest.mark.parametrize("case", [case for case in HEADS if case.cls.__name__ not in HEADS_COST], ids=str)
+def test_costs_the_same_with_one_four_and_eight_heads(case):
+    def cost(heads: int) -> int:
+        module = case.cls(case.channels[0], heads=heads, **case.options).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*case.input(1, dtype=torch.float))
+        return counter.get_total_flops()
+
+    assert cost(1) == cost(4) == cost(8) > 0
 
 
 @every_class
@@ -339,13 +328,13 @@ def test_docstring_has_an_equation_every_argument_and_an_example(cls):
 
 @every_class
 def test_names_its_paper(cls):
-    assert re.fullmatch(r"arXiv:\d{4}\.\d{5}|doi:10\.\d{4,}/\S+", cls.paper)
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d{4,}/\S+", cls.paper)
 
 
 @every_case
 def test_its_arguments_build_it_again(case):
     module, x = case.lively(), case.input()
-    assert module.arguments == {"channels": 64, **case.options}
+    assert module.arguments == {"channels": case.channels[0], **case.options}
     twin = type(module)(**module.arguments).double().eval()
     twin.load_state_dict(module.state_dict())
-    assert torch.equal(twin(x), module(x))
+    assert same(twin(*x), module(*x))

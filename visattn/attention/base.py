@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -27,8 +27,17 @@ class Attention(nn.Module):
     neutral: ClassVar[float | None] = None
     """The value of all weights at which ``read(x, weights=…)`` is ``x``; None where there is none."""
 
-    replaces: ClassVar[bool] = False
-    """Does it take the place of the module at its site (a convolution, a pool) instead of reading its output?"""
+    replaces: ClassVar[Literal["convolution", "pool"] | None] = None
+    """What it can take the place of. In place of a convolution it may also read the output of a module, as others do."""
+
+    queried: ClassVar[bool] = False
+    """Are the weights asked for by a query, or do they follow from what is weighed alone (bottom-up)?"""
+
+    locations: ClassVar[bool] = False
+    """Does it choose where on the map to sample, or weigh the items it is given?"""
+
+    hard: ClassVar[bool] = False
+    """Does it pick instead of mixing?"""
 
     arguments: dict[str, Any]
     """The arguments this module was constructed with, by name: what a checkpoint needs to build it again."""

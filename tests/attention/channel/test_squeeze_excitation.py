@@ -2,7 +2,13 @@ import pytest
 import torch
 from timm.layers import SEModule
 
+from tests.attention.case import Case
 from visattn import SqueezeExcitation
+
+CASES = [
+    Case(SqueezeExcitation, {}, lambda c: c * c // 8 + c // 16 + c, (580, 8464), macs=lambda c, h, w: c * c // 8),
+    Case(SqueezeExcitation, {"bias": False}, lambda c: c * c // 8, (512, 8192), macs=lambda c, h, w: c * c // 8),
+]
 
 
 def paper(module: SqueezeExcitation, x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,61 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak
+from tests.attention.case import Case
 from visattn import NonLocal
+
+EMBEDDED = (lambda c: 2 * c * c + 3 * c // 2 + 3 * c, (8480, 132_224))
+
+
+def halves(h: int, w: int) -> int:
+    return -(-h // 2) * -(-w // 2)
+
+
+CASES = [
+    *(
+        Case(NonLocal, options, *EMBEDDED, macs, grid, -1, "positions")
+        for options, macs, grid in (
+            ({}, lambda c, h, w: 2 * c * c * h * w + c * (h * w) ** 2, (5, 7)),
+            ({}, lambda c, h, w: 2 * c * c * h * w + c * (h * w) ** 2, (7,)),
+            ({}, lambda c, h, w: 2 * c * c * h * w + c * (h * w) ** 2, (2, 5, 7)),
+            ({"scale": True}, lambda c, h, w: 2 * c * c * h * w + c * (h * w) ** 2, (5, 7)),
+            ({"subsample": "pre"}, lambda c, h, w: c * c * (h * w + halves(h, w)) + c * h * w * halves(h, w), (5, 7)),
+            ({"subsample": "post"}, lambda c, h, w: 2 * c * c * h * w + c * h * w * halves(h, w), (5, 7)),
+        )
+    ),
+    Case(
+        NonLocal,
+        {"affinity": "gaussian"},
+        lambda c: c * c + c // 2 + 3 * c,
+        (4320, 66_432),
+        macs=lambda c, h, w: c * c * h * w + 3 * c * (h * w) ** 2 // 2,
+        sums_to_one=-1,
+        norm_over="positions",
+    ),
+    Case(
+        NonLocal,
+        {"affinity": "dot"},
+        *EMBEDDED,
+        macs=lambda c, h, w: 2 * c * c * h * w + 2 * h * w * (c // 2) ** 2,  # linear in the positions
+        norm_over="positions",
+    ),
+    Case(
+        NonLocal,
+        {"affinity": "concatenation"},
+        lambda c: 2 * c * c + 5 * c // 2 + 3 * c,
+        (8544, 132_480),
+        macs=lambda c, h, w: 2 * c * c * h * w + c * (h * w) ** 2 // 2,  # and a score for each query and key
+        norm_over="positions",
+    ),
+    Case(
+        NonLocal,
+        {"norm": False},
+        lambda c: 2 * c * c + 5 * c // 2,
+        (8352, 131_712),
+        macs=lambda c, h, w: 2 * c * c * h * w + c * (h * w) ** 2,
+        sums_to_one=-1,
+    ),
+]
 
 AFFINITIES = ["embedded", "gaussian", "dot", "concatenation"]
 

@@ -4,7 +4,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.attention.case import Case
 from visattn import SelfAttention2d
+
+CASES = [
+    *(
+        Case(
+            SelfAttention2d,
+            options,
+            lambda c: c * c // 2 + 1,
+            (2049, 32_769),
+            macs=lambda c, h, w: c * c * h * w // 2 + c * (h * w) ** 2 // 4,
+            sums_to_one=-1,
+        )
+        for options in ({}, {"spectral_norm": True})
+    ),
+    Case(
+        SelfAttention2d,
+        {"form": "released"},
+        lambda c: 5 * c * c // 4 + 1,
+        (5121, 81_921),
+        macs=lambda c, h, w: 5 * c * c * h * w // 4 + 5 * c * h * w * -(-h // 2) * -(-w // 2) // 8,
+        sums_to_one=-1,
+    ),
+]
 
 FORMS = ["paper", "released"]
 either_form = pytest.mark.parametrize("form", FORMS)

@@ -2,7 +2,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.attention.case import Case
 from visattn import BAM
+
+CASES = [
+    Case(
+        BAM,
+        options,
+        lambda c: 3 * c * c // 16 + 18 * (c // 16) ** 2 + 13 * c // 16 + c + 1,
+        (1173, 17_361),
+        macs=lambda c, h, w: c * c // 8 + h * w * (c * c // 16 + 18 * (c // 16) ** 2 + c // 16),
+        norm_over="samples",
+    )
+    for options in ({}, {"combine": "product"}, {"dilation": 1})
+]
 
 
 def normalise(norm: nn.Module, channel: int, value: Tensor) -> Tensor:

@@ -3,8 +3,35 @@ import torch
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
 
+from tests.attention.case import Case
 from visattn import CBAM, ChannelGate, SpatialGate
 from visattn.attention.spatial import cbam
+
+CASES = [
+    Case(ChannelGate, {}, lambda c: c * c // 8 + c // 16 + c, (580, 8464), macs=lambda c, h, w: c * c // 4),
+    *(
+        Case(
+            SpatialGate,
+            {"kernel_size": k},
+            lambda c, k=k: 2 * k * k + 2,
+            (2 * k * k + 2,) * 2,
+            macs=lambda c, h, w, k=k: 2 * k * k * h * w,
+            norm_over="positions",
+        )
+        for k in (7, 3)
+    ),
+    *(
+        Case(
+            CBAM,
+            options,
+            lambda c: c * c // 8 + c // 16 + c + 2 * 7 * 7 + 2,
+            (680, 8564),
+            macs=lambda c, h, w: c * c // 4 + 2 * 7 * 7 * h * w,
+            norm_over="positions",
+        )
+        for options in ({}, {"order": "spatial-channel"}, {"zero_init": True})
+    ),
+]
 
 ORDERS = ["channel-spatial", "spatial-channel"]
 
