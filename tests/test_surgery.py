@@ -2,7 +2,7 @@ import copy
 import io
 import logging
 import pickle
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import timm
@@ -239,21 +239,66 @@ def test_a_level_that_is_a_list_of_maps_takes_the_attention_on_one_of_them():
 # --- unchanged at insertion
 
 
-@pytest.mark.parametrize("make", INSERTABLE)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "vit_tiny_patch16_224", "test_convnext"])
-def test_the_output_is_unchanged_bit_for_bit(make, name):
-    model = timm.create_model(name).eval()
-    image = torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+@cache
+def built(name: str, size: int | None) -> tuple[nn.Module, Tensor, Tensor]:
+    """A backbone, an image and what it makes of it."""
+    model = lively(timm.create_model(name, num_classes=10))
+    image = torch.randn(2, 3, *([size] * 2 if size else model.default_cfg["input_size"][1:]))
     with torch.no_grad():
-        before = model(image)
-        assert torch.equal(insert(model, make)(image), before)
-        assert len(insertions(model)) > 0
+        return model, image, model(image)
+
+
+@pytest.mark.parametrize("make", INSERTABLE)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet50", 64),
+        ("mobilenetv2_100", 64),
+        pytest.param("vit_tiny_patch16_224", None, marks=pytest.mark.slow),
+        pytest.param("test_convnext", None, marks=pytest.mark.slow),
+    ],
+)
+def test_goes_where_its_paper_puts_it(make, name, size):
+    backbone, image, before = built(name, size)
+    model = copy.deepcopy(backbone)
+    if make.replaces and sites_there(model, make.place, size) == 0:
+        with pytest.raises(SurgeryError, match="has no place"):
+            insert(model, make, input_size=size)
+        return
+    insert(model, make, input_size=size)
+    instead = [i.site.side == "instead" for i in insertions(model)]
+    assert len(instead) > 0
+    with torch.no_grad():
+        after = model(image)
+    if any(instead):
+        assert make.replaces
+        assert all(instead)
+        assert after.shape == before.shape
+        assert after.isfinite().all()
+        assert not torch.equal(after, before)
+    else:
+        assert torch.equal(after, before)
+    with torch.no_grad():
+        assert torch.equal(remove(model)(image), before)
+
+
+def sites_there(model: nn.Module, at: str, size: int | None) -> int:
+    try:
+        return len(sites(model, at, input_size=size))
+    except SurgeryError:
+        return 0
 
 
 @pytest.mark.parametrize("make", INSERTABLE)
 def test_every_inserted_parameter_has_a_gradient_within_three_steps(make):
-    model = insert(lively(timm.create_model("resnet18", num_classes=4)), make).train()
-    trained = dict(model.visattn.named_parameters())
+    model = insert(lively(timm.create_model("resnet18", num_classes=4)), make, input_size=64).train()
+    trained = {
+        f"{number}.{name}": parameter
+        for number, inserted in enumerate(insertions(model))
+        for name, parameter in (*inserted.attention.named_parameters(), ("gate", inserted.gate))
+        if parameter is not None
+    }
+    assert {id(p) for p in model.visattn.parameters()} <= {id(p) for p in trained.values()}
     reached = set()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
@@ -365,6 +410,25 @@ def test_only_what_can_take_a_place_takes_it(model):
         insert(model, Corner, at="stages[1].convolutions")
     with pytest.raises(SurgeryError, match='Corner takes the place of a pool: at must be "pool", got a site at layer1'):
         insert(model, Corner, at="layer1")
+
+
+def test_what_keeps_the_shape_of_a_map_takes_no_place_that_changes_it(model):
+    class Still(Swap):
+        def __init__(self, channels: int, *, stride: int = 1):
+            super().__init__(channels, stride=stride)
+
+    class Stiller(Swap):
+        def __init__(self, channels: int):
+            super().__init__(channels)
+
+    with pytest.raises(
+        SurgeryError, match=r"Still keeps the number of channels, layer2\.0\.conv1 goes from 64 channels"
+    ):
+        insert(model, Still, at="stages[1].convolutions")
+    assert len(insertions(insert(model, Still, at="stages[1].convolutions[1:]"))) == 3
+    bottlenecks = timm.create_model("resnet26")
+    with pytest.raises(SurgeryError, match=r"Stiller keeps the size of the map, layer2\.0\.conv2 has stride 2"):
+        insert(bottlenecks, Stiller, at="convolutions")
 
 
 def test_a_substitute_for_a_convolution_may_stand_behind_one_instead_unchanged_at_insertion(model, x):

@@ -429,6 +429,11 @@ def _make_for(make: Callable[..., Attention], cls: type[Attention] | None, model
         named = inspect.signature(cls).parameters
         bound = make.keywords if isinstance(make, functools.partial) else {}
         given = {name: value for name, value in known.items() if name in named and name not in bound}
+        if "out_channels" not in named and known.get("out_channels", site.channels) != site.channels:
+            change = f"{site.channels} channels to {known['out_channels']}"
+            raise SurgeryError(f"{cls.__name__} keeps the number of channels, {site.name} goes from {change}")
+        if "stride" not in named and known.get("stride", 1) != 1:
+            raise SurgeryError(f"{cls.__name__} keeps the size of the map, {site.name} has stride {known['stride']}")
     attention = make(site.channels, **given)
     if not isinstance(attention, Attention):
         raise TypeError(f"make must return an Attention, got {type(attention).__name__}")

@@ -1,6 +1,8 @@
 """One line that brings a module under all that holds for every attention module (``test_contract.py``)."""
 
+import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,3 +71,11 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         options = "".join(f"-{name}={value}" for name, value in self.options.items())
         return self.cls.__name__ + options + (f"-{len(self.grid)}d" if len(self.grid) != 2 else "")
+
+
+def gather() -> list[Case]:
+    """The cases of all test files."""
+    files = sorted(Path(__file__).parent.glob("*/test_*.py"))
+    own = [file for file in files if "\nCASES = [" in file.read_text("utf-8")]
+    modules = [importlib.import_module(f"tests.attention.{file.parent.name}.{file.stem}") for file in own]
+    return [case for module in modules for case in module.CASES]

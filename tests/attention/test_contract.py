@@ -1,14 +1,12 @@
 """What holds for every attention module; one line in a module's own test file brings it under all of it."""
 
 import copy
-import importlib
 import inspect
 import io
 import math
 import pickle
 import re
 import typing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,15 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.attention.case import Case
+from tests.attention.case import gather
 from visattn import attention
 from visattn.attention import Attention, SqueezeExcitation
 
-HERE = Path(__file__).parent
-FILES = [file for file in sorted(HERE.glob("*/test_*.py")) if "\nCASES = [" in file.read_text("utf-8")]
-CASES: list[Case] = [
-    case for file in FILES for case in importlib.import_module(f"tests.attention.{file.parent.name}.{file.stem}").CASES
-]
+CASES = gather()
 CLASSES = sorted({case.cls for case in CASES}, key=lambda cls: cls.__name__)
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,21 +1,20 @@
-"""Attention modules: pure ``nn.Module`` classes, one paper a file. ``__all__`` is the index."""
+"""Attention modules: pure ``nn.Module`` classes, one paper a file. ``__all__`` is the index, family by family."""
 
+from visattn.attention import channel, kernel, pairs, pairwise, pooling, spatial
 from visattn.attention.base import Attention
-from visattn.attention.channel.efficient_channel import EfficientChannelAttention
-from visattn.attention.channel.squeeze_excitation import SqueezeExcitation
-from visattn.attention.pairwise.non_local import NonLocal
-from visattn.attention.pairwise.sagan import SelfAttention2d
-from visattn.attention.spatial.bam import BAM
-from visattn.attention.spatial.cbam import CBAM, ChannelGate, SpatialGate
+from visattn.attention.channel import *  # noqa: F403
+from visattn.attention.kernel import *  # noqa: F403
+from visattn.attention.pairs import *  # noqa: F403
+from visattn.attention.pairwise import *  # noqa: F403
+from visattn.attention.pooling import *  # noqa: F403
+from visattn.attention.spatial import *  # noqa: F403
 
 __all__ = [
-    "BAM",
-    "CBAM",
     "Attention",
-    "ChannelGate",
-    "EfficientChannelAttention",
-    "NonLocal",
-    "SelfAttention2d",
-    "SpatialGate",
-    "SqueezeExcitation",
+    *channel.__all__,
+    *spatial.__all__,
+    *pairwise.__all__,
+    *kernel.__all__,
+    *pooling.__all__,
+    *pairs.__all__,
 ]

@@ -28,7 +28,7 @@ class Attention(nn.Module):
     """The value of all weights at which ``read(x, weights=…)`` is ``x``; None where there is none."""
 
     replaces: ClassVar[Literal["convolution", "pool"] | None] = None
-    """What it can take the place of. In place of a convolution it may also read the output of a module, as others do."""
+    """What it can take the place of. A convolution's substitute may also read the output of a module, as others do."""
 
     queried: ClassVar[bool] = False
     """Are the weights asked for by a query, or do they follow from what is weighed alone (bottom-up)?"""

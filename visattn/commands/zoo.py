@@ -1,5 +1,6 @@
-"""List the attention modules: paper, weights, parameters, multiply-adds and place."""
+"""List the attention modules: paper, weights and what they are over, parameters, multiply-adds and place."""
 
+import inspect
 import json
 import typing
 from argparse import ArgumentParser, Namespace
@@ -38,14 +39,20 @@ def run(args: Namespace) -> int:
 
 def describe(cls: type[Attention]) -> dict[str, Any]:
     """Return the row of a module with its default options."""
-    module = cls(INPUT[0]).eval()
+    tied = "size" in inspect.signature(cls).parameters and {"size": INPUT[1:]}
+    module = cls(INPUT[0], **(tied or {})).eval()
+    maps = [name for name in inspect.signature(cls.attend).parameters if name != "self"]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.randn(1, *INPUT))
+        module(*(torch.randn(1, *INPUT) for _ in maps))
     place = cls.place
     return {
         "module": cls.__name__,
+        "family": cls.__module__.split(".")[2],
         "paper": cls.paper,
         "weights": weights(cls),
+        "weighs": "locations" if cls.locations else "items",
+        "choice": "hard" if cls.hard else "soft",
+        "asked": "by a query" if cls.queried else "bottom-up",
         "parameters": sum(p.numel() for p in module.parameters()),
         "MACs": counter.get_total_flops() // 2,
         "place": place if isinstance(place, str) else ", ".join(place or ["inside models"]),

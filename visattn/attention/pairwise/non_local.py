@@ -48,6 +48,7 @@ class NonLocal(Attention):
 
     paper = "arXiv:1711.07971"
     place = ("stages[1].blocks[1::2]", "stages[2].blocks[1::2]")
+    queried = True
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class SelfAttention2d(Attention):
 
     paper = "arXiv:1805.08318"
     place = "stages[1:3]"
+    queried = True
 
     def __init__(
         self,
