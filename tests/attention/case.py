@@ -27,7 +27,7 @@ class Case(NamedTuple):
     grid: tuple[int, ...] = (5, 7)
     sums_to_one: Axes | list[Axes] = None
     """The axis or axes over which the weights sum to one, if they do; a list where there are several weights."""
-    norm_over: Literal["positions", "samples"] | None = None
+    norm_over: Literal["positions", "samples", "strips"] | None = None
     """What a batch norm inside takes its statistics over; training needs at least two of them."""
     inputs: int = 1
     """How many maps it takes."""

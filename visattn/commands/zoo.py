@@ -41,7 +41,8 @@ def describe(cls: type[Attention]) -> dict[str, Any]:
     """Return the row of a module with its default options."""
     tied = "size" in inspect.signature(cls).parameters and {"size": INPUT[1:]}
     module = cls(INPUT[0], **(tied or {})).eval()
-    maps = [name for name in inspect.signature(cls.attend).parameters if name != "self"]
+    given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
+    maps = [p for p in given if p.kind is not p.VAR_POSITIONAL]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*(torch.randn(1, *INPUT) for _ in maps))
     place = cls.place
