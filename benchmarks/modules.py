@@ -1,87 +1,185 @@
-"""Speed and memory of each module beside its counterpart: ``python -m benchmarks.modules [--compiled]``.
+"""Speed and memory of every module beside its counterparts: ``python -m benchmarks.modules [--compiled]``.
 
-Prints a Markdown table for one thread of a processor. Ratios are medians over interleaved rounds with their quartiles,
-above 1 where ours is faster. Memory is what a call holds from the allocator at most. Each row has a process of its own,
-since what a process did before decides how dear fresh memory is.
+A counterpart is the same function in timm, torchvision or torch; where ours has a fused forward, also the module as its
+equation reads, which makes the weights first and then reads by them. Prints a Markdown table for one thread of a
+processor. Ratios are medians over interleaved rounds with their quartiles, above 1 where ours is faster. Memory is what
+a call holds from the allocator at most. Each row has a process of its own, since what a process did before decides how
+dear fresh memory is. Where a matrix of all pairs would not fit, the row has fewer images.
 """
 
 import argparse
+import inspect
+import json
 import multiprocessing
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Ratios, peak, ratios
-from visattn import BAM, CBAM, EfficientChannelAttention, NonLocal, SelfAttention2d, SqueezeExcitation
+from visattn import attention
+from visattn.attention import Attention
 
-SIZES = ((8, 64, 56, 56), (8, 256, 28, 28), (8, 512, 14, 14))
+SIZES = ((8, 64, 56, 56), (8, 256, 28, 28), (8, 512, 14, 14), (32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14))
+LARGE = (1, 64, 128, 128)
+PAIRS = 2**28
+"""Weights between positions, over images, that a matrix of all pairs may have: 1 GiB in float32."""
+
+NARROW: dict[str, dict[str, Any]] = {"ShuffleAttention": {"groups": 32}}
+"""Options where the map has too few channels for the default."""
+
+Maker = Callable[..., nn.Module]
 
 
-class MatrixNonLocal(nn.Module):
-    """Embedded Gaussian non-local attention that writes out the matrix of all pairs."""
+class Plain(nn.Module):
+    """A module as its equation reads: the weights first, then what is read by them."""
 
-    def __init__(self, channels: int):
+    def __init__(self, attention: Attention):
         super().__init__()
-        self.query, self.key, self.value = (nn.Conv2d(channels, channels // 2, 1) for _ in range(3))
-        self.out, self.norm = nn.Conv2d(channels // 2, channels, 1), nn.BatchNorm2d(channels)
+        self.attention = attention
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
-        y = value @ (query.mT @ key).softmax(-1).mT
-        return x + self.norm(self.out(y.unflatten(2, x.shape[2:])))
+    def forward(self, *x: Tensor) -> Any:
+        return self.attention.read(*x, weights=self.attention.attend(*x))
 
 
-class MatrixSelfAttention(nn.Module):
-    """SAGAN's attention that writes out the matrix of all pairs."""
+def zoo() -> dict[str, type[Attention]]:
+    return {name: getattr(attention, name) for name in attention.__all__ if name != "Attention"}
 
-    def __init__(self, channels: int):
+
+def make(cls: type[Attention], channels: int, size: tuple[int, int], **options: Any) -> Attention:
+    if "size" in inspect.signature(cls).parameters:
+        options = {"size": size, **options}
+    if cls.__name__ in NARROW and channels < 128:
+        options |= NARROW[cls.__name__]
+    return cls(channels, **options)
+
+
+class ChannelsFirst(nn.Module):
+    """Calls a layer that wants (b, h, w, c) or (b, n, c) on a map."""
+
+    def __init__(self, layer: Callable[[Tensor], Tensor], tokens: bool):
         super().__init__()
-        self.query, self.key, self.value = (nn.Conv2d(channels, channels // 8, 1, bias=False) for _ in range(3))
-        self.out = nn.Conv2d(channels // 8, channels, 1, bias=False)
-        self.gain = nn.Parameter(torch.zeros(1))
+        self.layer, self.tokens = layer, tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
-        y = value @ (query.mT @ key).softmax(-1).mT
-        return x + self.gain * self.out(y.unflatten(2, x.shape[2:]))
+        if self.tokens:
+            return self.layer(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PlainBAM(BAM):
-    """BAM as its equation reads."""
+class MultiHead(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Routed(nn.Module):
+    """timm's conditional convolution with the routing that its networks put before it."""
+
+    def __init__(self, channels: int, experts: int = 8):
+        super().__init__()
+        from timm.layers import CondConv2d
+
+        self.route = nn.Linear(channels, experts)
+        self.conv = CondConv2d(channels, channels, 3, padding=1, num_experts=experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        channel, spatial = self.channel(x.mean((2, 3)))[:, :, None, None], self.spatial(x)
-        return x * (1 + torch.sigmoid(channel + spatial))
+        return self.conv(x, self.route(x.mean((2, 3))).sigmoid())
 
 
-def counterparts() -> dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]]:
-    """What each module is compared with, and the module."""
-    from timm.layers import EcaModule, SEModule
+def counterparts(name: str) -> dict[str, tuple[Maker, Maker]]:
+    """What a module is compared with, by library, each with the module in the form that is the same function.
+
+    Both are called with the channels and the size of the map.
+    """
+    import timm.layers as timms
+    from timm.layers.bottleneck_attn import BottleneckAttn
     from timm.layers.cbam import CbamModule
+    from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn
+    from timm.layers.halo_attn import HaloAttn
+    from timm.layers.lambda_layer import LambdaLayer
+    from timm.layers.squeeze_excite import EffectiveSEModule, SEModule
+    from timm.models.volo import OutlookAttention
 
-    return {
-        "SqueezeExcitation": (partial(SEModule, rd_divisor=1), SqueezeExcitation),
-        "EfficientChannelAttention": (EcaModule, EfficientChannelAttention),
-        "CBAM": (CbamModule, CBAM),
-        "BAM": (PlainBAM, BAM),
-        "NonLocal": (MatrixNonLocal, NonLocal),
-        "SelfAttention2d": (MatrixSelfAttention, SelfAttention2d),
+    cls = zoo()[name]
+
+    def sized(peer: Callable[..., nn.Module], *args: Any, **options: Any) -> Maker:
+        return lambda channels, size: peer(channels, *args, **options)
+
+    def ours(**options: Any) -> Maker:
+        return lambda channels, size: make(cls, channels, size, **options)
+
+    def block(size: tuple[int, int]) -> int:
+        return 7 if size[0] % 7 == 0 else 8
+
+    timm: dict[str, tuple[Maker, Maker]] = {
+        "SqueezeExcitation": (sized(SEModule, rd_divisor=1), ours()),
+        "EffectiveSqueezeExcitation": (sized(EffectiveSEModule), ours()),
+        "EfficientChannelAttention": (sized(timms.EcaModule), ours()),
+        "CBAM": (sized(CbamModule), ours()),
+        "CoordinateAttention": (sized(CoordAttn), ours()),
+        "EfficientLocalAttention": (sized(EfficientLocalAttn), ours(shared=False, norm_groups=1)),
+        "GlobalContext": (sized(timms.GlobalContext, fuse_add=True, fuse_scale=False, rd_ratio=1 / 16), ours()),
+        "SelectiveKernel": (sized(timms.SelectiveKernel, split_input=False, groups=32), ours()),
+        "SplitAttention": (sized(timms.SplitAttn), ours()),
+        "ConditionalConvolution": (sized(Routed), ours()),
+        "BottleneckSelfAttention": (lambda c, size: BottleneckAttn(c, feat_size=size), ours()),
+        "HaloAttention": (
+            lambda c, size: HaloAttn(c, block_size=block(size), halo_size=3),
+            lambda c, size: cls(c, block=block(size), halo=3, scale_positions=False),
+        ),
+        "LambdaAttention": (sized(LambdaLayer, r=9), ours(scope=9)),
+        "OutlookAttention": (
+            lambda c, size: ChannelsFirst(OutlookAttention(c, c // 32, stride=2), tokens=False),
+            ours(),
+        ),
+        "AttentionPool": (lambda c, size: timms.AttentionPool2d(c, feat_size=size, num_heads=8), ours()),
     }
+    torchs: dict[str, tuple[Maker, Maker]] = {
+        "MultiHeadSelfAttention2d": (
+            lambda c, size: ChannelsFirst(MultiHead(c, 8, batch_first=True), tokens=True),
+            ours(),
+        ),
+    }
+    found = {"timm": timm[name]} if name in timm else {"torch": torchs[name]} if name in torchs else {}
+    if name == "GlobalContext":
+        found["timm, scale"] = (sized(timms.GlobalContext, rd_ratio=1 / 16), ours(fusion="scale"))
+    if cls.forward is not Attention.forward:
+        found["its equation"] = (lambda channels, size: Plain(make(cls, channels, size)), ours())
+    return found or {"": (ours(), ours())}
 
 
-def row(name: str, size: tuple[int, ...], compiled: bool, rounds: int) -> str:
+def fitting(cls: type[Attention], size: tuple[int, ...], against: str) -> tuple[int, ...]:
+    """The size with as many images as leave the matrix of all pairs in memory."""
+    batch, channels, height, width = size
+    if against == "its equation" and cls.queried:
+        batch = min(batch, PAIRS // (8 * (height * width) ** 2))
+    return batch, channels, height, width
+
+
+def row(name: str, against: str, size: tuple[int, ...], compiled: bool, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sides = [make(size[1]) for make in counterparts()[name]]
-    x, gradient = torch.randn(size), torch.randn(size)
-    leaf = x.clone().requires_grad_()
+    _, channels, *grid = size
+    makers = counterparts(name)[against]
+    sides = [maker(channels, tuple(grid)) for maker in makers]
+    given = inspect.signature(zoo()[name].attend).parameters.values()
+    count = sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in given) - 1  # without self
+    x = [torch.randn(size) for _ in range(count)]
+    leaves = [each.clone().requires_grad_() for each in x]
+    with torch.no_grad():
+        output = sides[1].eval()(*x)
+    gradients = [torch.randn_like(y) for y in ([output] if isinstance(output, Tensor) else output)]
 
     def learn(module: nn.Module) -> None:
-        leaf.grad = None
-        module(leaf).backward(gradient)
+        for leaf in leaves:
+            leaf.grad = None
+        output = module(*leaves)
+        torch.autograd.backward([output] if isinstance(output, Tensor) else list(output), gradients)
 
     def compare(call: Callable[[nn.Module], object], train: bool) -> list[Ratios]:
         peer, ours = (side.train(train) for side in sides)
@@ -91,31 +189,100 @@ def row(name: str, size: tuple[int, ...], compiled: bool, rounds: int) -> str:
         return [ratios(partial(call, other), partial(call, fast_ours), rounds) for other in (peer, fast_peer)]
 
     with torch.inference_mode():
-        forward = compare(lambda module: module(x), train=False)
+        forward = compare(lambda module: module(*x), train=False)
     both = compare(learn, train=True)
-    cells = [name, "×".join(map(str, size)), f"{forward[0].candidate * 1e3:.2f}", *map(str, forward)]
-    cells += [f"{both[0].candidate * 1e3:.2f}", *map(str, both)]
+    result: dict[str, Any] = {"module": name, "counterpart": against, "size": list(size), "compiled": compiled}
+    result |= {"forward": [list(r) for r in forward], "both": [list(r) for r in both]}
     if not compiled:
-        cells += [f"{peak(partial(learn, side)) / 2**20:.1f}" for side in reversed(sides)]
-    return f"| {' | '.join(cells)} |"
+        result["peak"] = [peak(partial(learn, side)) / 2**20 for side in reversed(sides)]
+    return result
+
+
+def table(rows: list[dict[str, Any]], compiled: bool) -> Iterator[str]:
+    against = ["eager", "compiled"] if compiled else [""]
+    head = ["module", "beside", "size", "forward ms", *(f"× {which}".strip() for which in against)]
+    head += ["forward + backward ms", *(f"× {which}".strip() for which in against)]
+    head += [] if compiled else ["MiB", "theirs"]
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * 3}{'---:|' * (len(head) - 3)}"
+    for row in rows:
+        cells = [row["module"], row["counterpart"] or "–", "×".join(map(str, row["size"]))]
+        for part in ("forward", "both"):
+            several = [Ratios(*each) for each in row[part]]
+            cells += [f"{several[0].candidate * 1e3:.2f}", *(str(r) if row["counterpart"] else "–" for r in several)]
+        if not compiled:
+            ours, theirs = row["peak"]
+            cells += [f"{ours:.1f}", f"{theirs:.1f}" if row["counterpart"] else "–"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw the ratios of all rows with a counterpart, a line for each module, a dot for each size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys((row["module"], row["counterpart"]) for row in rows if row["counterpart"]))
+    figure = Figure((10, 1 + 0.24 * len(names)), layout="constrained")
+    for axes, part, title in zip(
+        figure.subplots(1, 3, sharey=True),
+        ("forward", "both", "peak"),
+        ("forward", "forward + backward", "memory"),
+        strict=True,
+    ):
+        for row in rows:
+            if row["counterpart"]:
+                theirs = row["peak"][1] / max(row["peak"][0], 1e-9) if part == "peak" else row[part][0][0]
+                at = names.index((row["module"], row["counterpart"]))
+                color = "tab:blue" if theirs >= 0.95 else "tab:red"
+                axes.plot(theirs, at, "o", markersize=4, alpha=0.6, color=color)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_title(f"{title}: theirs / ours")
+        axes.grid(alpha=0.3)
+        axes.set_yticks(range(len(names)), [f"{name} ({other})" for name, other in names], fontsize=7)
+    axes.invert_yaxis()
+    FigureCanvasAgg(figure).print_png(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiled", action="store_true", help="ours by torch.compile, against both forms of the peer")
-    parser.add_argument("--only", nargs="+", choices=list(counterparts()), default=list(counterparts()))
+    parser.add_argument("--only", nargs="+", choices=list(zoo()), default=list(zoo()), metavar="MODULE")
+    parser.add_argument("--sizes", nargs="+", help="such as 8x64x56x56; left out, all")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--save", type=Path, help="keep the rows in this file, one a line; what is there is not repeated"
+    )
+    parser.add_argument("--png", type=Path, help="draw the ratios")
     args = parser.parse_args()
-    against = ["eager", "compiled"] if args.compiled else [""]
-    head = ["module", "size", "forward ms", *(f"× {which}".strip() for which in against)]
-    head += ["forward + backward ms", *(f"× {which}".strip() for which in against)]
-    if not args.compiled:
-        head += ["MiB", "counterpart's MiB"]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes] if args.sizes else [*SIZES, LARGE]
+    rows = [json.loads(line) for line in args.save.read_text().splitlines()] if args.save and args.save.exists() else []
+    rows = [row for row in rows if row["compiled"] == args.compiled and row["module"] in args.only]
+    done = {(row["module"], row["counterpart"], tuple(row["size"])) for row in rows}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = [pool.submit(row, name, size, args.compiled, args.rounds) for name in args.only for size in SIZES]
-        for job in jobs:
-            print(job.result(), flush=True)
+        jobs = []
+        for name in args.only:
+            for against in counterparts(name):
+                for size in dict.fromkeys(fitting(zoo()[name], size, against) for size in sizes):
+                    if size[0] and (name, against, size) not in done:
+                        jobs.append(
+                            ((name, against, size), pool.submit(row, name, against, size, args.compiled, args.rounds))
+                        )
+        for what, job in jobs:
+            try:
+                rows.append(job.result())
+            except Exception as error:  # one that cannot be measured leaves the others
+                print(*what, type(error).__name__, error, file=sys.stderr, flush=True)
+                continue
+            if args.save:
+                with args.save.open("a") as file:
+                    print(json.dumps(rows[-1]), file=file)
+            print(*what, rows[-1]["forward"][0][0], rows[-1]["both"][0][0], file=sys.stderr, flush=True)
+    order = {name: number for number, name in enumerate(zoo())}
+    rows.sort(key=lambda row: order[row["module"]])
+    print("\n".join(table(rows, args.compiled)))
+    if args.png:
+        draw(rows, args.png)
 
 
 if __name__ == "__main__":
