@@ -476,6 +476,25 @@ def test_a_pool_that_timm_made_anew_is_replaced_again(model, x):
     assert torch.equal(model(x), model.fc(model.forward_features(x)[:, :, 0, 0]))
 
 
+@pytest.mark.parametrize("make", [visattn.DeformableConvolution, visattn.DynamicConvolution])
+def test_a_substitute_that_can_adopts_the_kernel_unless_told_otherwise(make):
+    model = lively(timm.create_model("resnet18", output_stride=16, num_classes=4))  # the last stage is dilated
+    image = torch.randn(2, 3, 64, 64)
+    before = model(image)
+    twin = insert(copy.deepcopy(model), make, at="stages[:3].convolutions")
+    torch.testing.assert_close(twin(image), before, rtol=1e-4, atol=1e-5)
+    fresh = insert(copy.deepcopy(model), make, at="stages[:3].convolutions", gate=None)
+    assert not torch.allclose(fresh(image), before, rtol=1e-2, atol=1e-2)
+
+
+def test_the_dilation_of_a_convolution_is_kept(x):
+    model = lively(timm.create_model("resnet18", output_stride=16, num_classes=4))
+    before = model(x)
+    insert(model, visattn.DeformableConvolution, at="stages[-1].convolutions")
+    assert {i.attention.conv.dilation for i in insertions(model)} == {(1, 1), (2, 2)}
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
 def test_what_hangs_on_a_convolution_stays_when_it_is_swapped(model, x):
     insert(model, Brighten, at="layer2.1.conv1", gate=None)
     insert(model, Swap, at="stages[1].convolutions")

@@ -223,12 +223,13 @@ def insert(
     Args:
         model: The backbone.
         make: An attention class, or ``functools.partial`` of one; called with the channels of each site. Its keywords
-            ``size``, ``out_channels``, ``stride`` and ``groups``, where it has them and they are not set, come from the
-            site.
+            ``size``, ``out_channels``, ``stride``, ``groups`` and ``dilation``, where it has them and they are not set,
+            come from the site.
         at: Where, in the grammar of :func:`sites`; left out, where the module's paper puts it.
         gate: ``"identity"`` leaves the output of the model unchanged, bit for bit: a gate that starts at zero is added
             where the module is not the identity already. None puts the module there as in its paper. A module in the
-            place of a convolution or a pool has no gate, and changes the output.
+            place of a convolution or a pool has no gate, and changes the output; one that can adopt the kernel of the
+            convolution does so, unless None.
         input_size: As in :func:`sites`.
 
     Returns:
@@ -260,6 +261,8 @@ def insert(
         log.warning("%s keeps its tokens in the order of mask units, not row by row", type(model).__name__)
     made = [(_make_for(make, cls, model, site), site) for site in found]
     for attention, site in made:
+        if gate == "identity" and site.side == "instead" and hasattr(attention, "adopt"):
+            attention.adopt(model.get_submodule(site.name))
         gated = gate == "identity" and not attention.identity_at_init and site.side != "instead"
         attach(model, attention, site, gated=gated)
     return model
@@ -422,6 +425,7 @@ def _make_for(make: Callable[..., Attention], cls: type[Attention] | None, model
     module = model.get_submodule(site.name)
     if site.side == "instead" and isinstance(module, nn.Conv2d):
         known |= {"out_channels": module.out_channels, "stride": module.stride[0], "groups": module.groups}
+        known["dilation"] = module.dilation[0]
     elif site.side == "instead":
         known["out_channels"] = site.channels
     given: dict[str, Any] = {}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from visattn import DeformableConvolution, DynamicConvolution, Involution, SelectiveKernel
 from visattn.drawing import Channels, Heat, drawable, of_image, read_maps
 
 IMAGE = (64, 96)  # 4×6 at stride 16
@@ -75,6 +76,62 @@ def test_pairs_whose_rows_do_not_sum_to_one_need_no_heads():
     assert read(torch.rand(1, 24, 24)).values.shape == (4, 6)
 
 
+def test_signed_pairs_of_several_heads_are_pairs_as_well():
+    weights = torch.randn(1, 3, 24, 24)
+    drawn = read(weights, query=(20, 50))
+    np.testing.assert_allclose(drawn.values, weights[0, :, 9].mean(0).view(4, 6).numpy(), rtol=1e-5, atol=1e-6)
+    assert drawn.note == "what (1, 3) of 4×6 reads, mean of 3 heads"
+
+
+@pytest.mark.parametrize("channels", [1, 7])
+def test_weighed_items_become_bars_that_say_so(channels):
+    weights = torch.rand(1, 4, channels, 1, 1).softmax(1)
+    drawn = read(weights)
+    assert isinstance(drawn, Channels)
+    np.testing.assert_allclose(drawn.values, weights[0, :, :, 0, 0].mean(1).numpy(), rtol=1e-6)
+    note = "4 weighed items, bars from their mean"
+    assert drawn.note == (note if channels == 1 else f"{note}, mean of 7 channels")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_kernel_at_each_position_is_drawn_by_its_size(groups):
+    weights = torch.randn(1, groups, 3, 3, 4, 6)
+    drawn = read(weights)
+    assert isinstance(drawn, Heat)
+    sizes = np.zeros((4, 6))
+    for i in range(4):
+        for j in range(6):
+            sizes[i, j] = sum(abs(float(w)) for w in weights[0, :, :, :, i, j].flatten()) / groups
+    np.testing.assert_allclose(drawn.values, sizes, rtol=1e-5)
+    note = "4×6, sum of the absolute weights of the 3×3 kernel there"
+    assert drawn.note == (note if groups == 1 else f"{note}, mean of 2 groups")
+
+
+def test_offsets_are_drawn_by_their_length():
+    weights = torch.zeros(1, 1, 3, 3, 2, 4, 6)
+    weights[0, 0, :, :, 0, 1, 2], weights[0, 0, :, :, 1, 1, 2] = -3, 4
+    weights[0, 0, 2, 1, 0, 3, 5] = 9
+    drawn = read(weights)
+    wanted = np.zeros((4, 6), np.float32)
+    wanted[1, 2], wanted[3, 5] = 5, 1
+    np.testing.assert_allclose(drawn.values, wanted, rtol=1e-6)
+    assert drawn.note == "4×6, mean length of the offsets of the 3×3 taps there"
+
+
+def test_what_kernel_modules_return_is_drawable():
+    x = torch.randn(1, 16, 4, 6)
+    modules = (
+        SelectiveKernel(16, groups=1),
+        DynamicConvolution(16),
+        Involution(16, kernel_size=3),
+        DeformableConvolution(16, modulated=True),
+    )
+    maps = {type(module).__name__: module.eval().attend(x) for module in modules}
+    assert [type(one).__name__ for one in read_maps(maps, IMAGE)] == ["Channels", "Channels", "Heat", "Heat", "Heat"]
+    mask = maps["DeformableConvolution"].mask
+    np.testing.assert_allclose(read_maps(maps, IMAGE)[-1].values, mask[0, 0].sum((0, 1)).detach().numpy(), rtol=1e-6)
+
+
 def test_one_query_without_a_place_has_no_cross():
     drawn = read(torch.rand(1, 2, 1, 25).softmax(-1))
     assert (drawn.values.shape, drawn.query, drawn.note) == (
@@ -126,6 +183,10 @@ def test_any_precision(dtype):
         (torch.rand(1, 24), r"weights must be \(1, c, 1, 1\), .* got \(1, 24\)"),
         (torch.rand(1, 0, 4, 6), r"weights must be .* got \(1, 0, 4, 6\)"),
         (torch.full((1, 1, 4, 6), torch.nan), "weights must be finite"),
+        (torch.rand(1, 4, 8, 2, 1), r"weights must be .* got \(1, 4, 8, 2, 1\)"),
+        (torch.rand(1, 1, 3, 5, 4, 6), r"weights must be .* got \(1, 1, 3, 5, 4, 6\)"),
+        (torch.rand(1, 1, 3, 3, 3, 4, 6), r"weights must be .* got \(1, 1, 3, 3, 3, 4, 6\)"),
+        (torch.rand(1, 1, 3, 3, 64, 6), "a map of 64×6 does not lie on an image of 64×96"),
         (torch.rand(1, 1, 64, 6), "a map of 64×6 does not lie on an image of 64×96"),
     ],
 )

@@ -59,7 +59,7 @@ def picture(image: Image.Image | ndarray, drawn: Channels | Heat) -> Figure:
         bars(panels["sorted"], drawn.values, order=False)
         panels["sorted"].set_title("sorted", fontsize="medium")
         top_bars(panels["top"], drawn.values)
-        panels["top"].set_title("greatest, by channel", fontsize="medium")
+        panels["top"].set_title("greatest, by number", fontsize="medium")
     _show(left, photo)
     figure.suptitle(f"{drawn.name}\n{drawn.note}", fontsize="large")
     return figure

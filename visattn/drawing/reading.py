@@ -1,8 +1,11 @@
 """What recorded weights say about an image: bars where they are over channels, heat where they are over positions.
 
 Shapes decide: (1, c, 1, 1) are channels; (1, 1, h, w) a map; (1, c, h, w) a map for each channel, of which the mean is
-shown; (1, n, m), and (1, heads, n, m) whose rows sum to one, say what each of n queries reads from m keys, of which one
-query is shown. Weights over channels have no place in the image, and none is made up.
+shown; (1, n, m), and (1, heads, n, m) whose rows sum to one or are no rows of a map, say what each of n queries reads
+from m keys, of which one query is shown. (1, k, c, 1, 1) weigh k items: branches, kernels, experts or channels;
+(1, g, k, k, h, w) are a kernel at each position, whose size is shown; (1, g, k, k, 2, h, w) are how far down and to the
+right each tap of one moves, whose length is shown. Weights over channels or items have no place in the image, and none
+is made up.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,14 +16,14 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from visattn.drawing.grid import Grid, grid_of, key_grid_of, same_stride
+from visattn.drawing.grid import Grid, grid_of, key_grid_of, same_stride, usual_grids
 from visattn.drawing.overlay import constant
 
 Query = tuple[int, int]
 
 
 class Channels(NamedTuple):
-    """A weight for each channel."""
+    """A weight for each channel, or for each of a few items."""
 
     name: str
     note: str
@@ -58,9 +61,16 @@ def of_image(maps: Mapping[str, Any], index: int) -> dict[str, Tensor]:
 
 def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | None) -> Channels | Heat:
     shape = tuple(weights.shape)
-    if weights.ndim not in (3, 4) or not weights.numel():
+    known = (
+        weights.ndim in (3, 4)
+        or (weights.ndim == 5 and shape[3:] == (1, 1))
+        or (weights.ndim == 6 and shape[2] == shape[3])
+        or (weights.ndim == 7 and shape[2] == shape[3] and shape[4] == 2)
+    )
+    if not known or not weights.numel():
         raise ValueError(
-            f"{name}: weights must be (1, c, 1, 1), (1, c, h, w), (1, n, m) or (1, heads, n, m), got {shape}"
+            f"{name}: weights must be (1, c, 1, 1), (1, c, h, w), (1, n, m), (1, heads, n, m), (1, k, c, 1, 1), "
+            f"(1, g, k, k, h, w) or (1, g, k, k, 2, h, w), got {shape}"
         )
     if shape[0] != 1:
         raise ValueError(
@@ -71,23 +81,51 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
         raise ValueError(f"{name}: weights must be finite, got NaN or infinity")
     if values.ndim == 3 and values.shape[1:] == (1, 1):
         return Channels(name, _note(values, f"{len(values)} channels, bars from their mean"), values.flatten().numpy())
-    if values.ndim == 2 or torch.allclose(values.sum(-1), torch.ones(()), atol=1e-2):
+    if values.ndim == 4:
+        items, mean = f"{len(values)} weighed items, bars from their mean", values.mean((1, 2, 3))
+        return Channels(name, _note(mean, items, _mean_of(values.shape[1], "channels")), mean.numpy())
+    if values.ndim > 4:
+        return _read_kernels(name, values, image)
+    if values.ndim == 2 or _pairs(values, image):
         try:
             return _read_query(name, values, image, query, grid)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    height, width = values.shape[1:]
+    return _read_map(name, values.mean(0), image, _mean_of(len(values), "channels"))
+
+
+def _pairs(values: Tensor, image: Grid) -> bool:
+    """Are these weights of pairs of positions? Their rows sum to one, or only so can they lie on the image."""
+    if torch.allclose(values.sum(-1), torch.ones(()), atol=1e-2):
+        return True
+    usual = usual_grids(image)
+    return tuple(values.shape[1:]) not in usual and values.shape[1] in {h * w for h, w in usual if h * w > 1}
+
+
+def _read_kernels(name: str, values: Tensor, image: Grid) -> Heat:
+    groups, size = len(values), f"{values.shape[1]}×{values.shape[2]}"
+    if values.ndim == 5:
+        drawn, what = values.abs().sum((1, 2)), f"sum of the absolute weights of the {size} kernel there"
+    else:
+        drawn, what = values.norm(dim=3).mean((1, 2)), f"mean length of the offsets of the {size} taps there"
+    return _read_map(name, drawn.mean(0), image, what, _mean_of(groups, "groups"))
+
+
+def _read_map(name: str, drawn: Tensor, image: Grid, *parts: str) -> Heat:
+    height, width = drawn.shape
     if min(height, width) > 1 and not same_stride((height, width), image):
         raise ValueError(f"{name}: a map of {height}×{width} does not lie on an image of {image[0]}×{image[1]}")
-    mean = values.mean(0)
-    channels = f"mean of {len(values)} channels" if len(values) > 1 else ""
-    return Heat(name, _note(mean, f"{height}×{width}", channels), mean.numpy(), None)
+    return Heat(name, _note(drawn, f"{height}×{width}", *parts), drawn.numpy(), None)
+
+
+def _mean_of(count: int, what: str) -> str:
+    return f"mean of {count} {what}" if count > 1 else ""
 
 
 def _read_query(name: str, values: Tensor, image: Grid, query: Query, grid: Grid | None) -> Heat:
     rows = values if values.ndim == 2 else values.mean(0)
     n, m = rows.shape
-    heads = f"mean of {len(values)} heads" if values.ndim == 3 and len(values) > 1 else ""
+    heads = _mean_of(len(values), "heads") if values.ndim == 3 else ""
     if n == 1:  # one query that stands nowhere in the image, as that of a pool
         keys, prefix = _grid(m, grid, image)
         row, cross, asked = rows[0], None, f"{keys[0]}×{keys[1]}"
