@@ -30,9 +30,6 @@ LARGE = (1, 64, 128, 128)
 PAIRS = 2**28
 """Weights between positions, over images, that a matrix of all pairs may have: 1 GiB in float32."""
 
-NARROW: dict[str, dict[str, Any]] = {"ShuffleAttention": {"groups": 32}}
-"""Options where the map has too few channels for the default."""
-
 Maker = Callable[..., nn.Module]
 
 
@@ -54,8 +51,6 @@ def zoo() -> dict[str, type[Attention]]:
 def make(cls: type[Attention], channels: int, size: tuple[int, int], **options: Any) -> Attention:
     if "size" in inspect.signature(cls).parameters:
         options = {"size": size, **options}
-    if cls.__name__ in NARROW and channels < 128:
-        options |= NARROW[cls.__name__]
     return cls(channels, **options)
 
 

@@ -326,7 +326,7 @@ def test_docstring_has_an_equation_every_argument_and_an_example(cls):
 
 @every_class
 def test_names_its_paper(cls):
-    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d{4,}/\S+", cls.paper)
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d{4,}/\S+|https://(proceedings|openaccess)\.\S+", cls.paper)
 
 
 @every_case

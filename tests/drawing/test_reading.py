@@ -202,3 +202,10 @@ def test_refuses_what_has_no_picture_and_names_it(weights, message):
 def test_refuses_a_query_outside_the_image(query):
     with pytest.raises(ValueError, match=r"query must lie inside the image of 64×96, got"):
         read(torch.rand(1, 24, 24), query=query)
+
+
+def test_open_gates_along_an_axis_are_no_queries():
+    strips = {"CoordinateAttention": torch.ones(1, 4, 7, 1)}
+    (heat,) = read_maps(strips, (224, 224))
+    assert heat.query is None
+    assert heat.values.shape == (7, 1)

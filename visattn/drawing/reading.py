@@ -86,7 +86,7 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
         return Channels(name, _note(mean, items, _mean_of(values.shape[1], "channels")), mean.numpy())
     if values.ndim > 4:
         return _read_kernels(name, values, image)
-    if values.ndim == 2 or _pairs(values, image):
+    if values.ndim == 2 or (values.shape[-1] > 1 and _pairs(values, image)):
         try:
             return _read_query(name, values, image, query, grid)
         except ValueError as error:

@@ -1,8 +1,27 @@
 import pytest
 import torch
-from timm.layers import EcaModule
+from timm.layers import CecaModule, EcaModule
 
+from tests.attention.case import Case
 from visattn import EfficientChannelAttention
+
+CASES = [
+    Case(
+        EfficientChannelAttention,
+        {},
+        lambda c: c.bit_length() // 2 | 1,
+        (3, 5),
+        macs=lambda c, h, w: c * (c.bit_length() // 2 | 1),
+    ),
+    Case(EfficientChannelAttention, {"kernel_size": 7}, lambda c: 7, (7, 7), macs=lambda c, h, w: 7 * c),
+    Case(
+        EfficientChannelAttention,
+        {"padding": "circular"},
+        lambda c: c.bit_length() // 2 | 1,
+        (3, 5),
+        macs=lambda c, h, w: 3 * c,
+    ),
+]
 
 
 def paper(module: EfficientChannelAttention, x: torch.Tensor) -> torch.Tensor:
@@ -12,14 +31,18 @@ def paper(module: EfficientChannelAttention, x: torch.Tensor) -> torch.Tensor:
     for b in range(x.shape[0]):
         z = [sum(v for row in channel for v in row) / channel.numel() for channel in x[b]]
         for c in range(channels):
-            s = sum(taps[reach + i] * z[c + i] for i in range(-reach, reach + 1) if 0 <= c + i < channels)
+            around = [(i, c + i) for i in range(-reach, reach + 1)]
+            if module.conv.padding_mode == "circular":
+                around = [(i, at % channels) for i, at in around]
+            s = sum(taps[reach + i] * z[at] for i, at in around if 0 <= at < channels)
             y[b, c] = x[b, c] / (1 + torch.exp(-s))
     return y
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_equals_the_paper_in_loops(kernel_size):
-    module = EfficientChannelAttention(8, kernel_size=kernel_size).double()
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 17])
+def test_equals_the_paper_in_loops(kernel_size, padding):
+    module = EfficientChannelAttention(8, kernel_size=kernel_size, padding=padding).double()
     x = torch.randn(2, 8, 3, 5, dtype=torch.double)
     torch.testing.assert_close(module(x), paper(module, x), rtol=0, atol=1e-12)
 
@@ -59,9 +82,18 @@ def test_zero_kernel_halves_the_map():
     assert torch.equal(module(x), x / 2)
 
 
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_only_around_a_ring_do_the_weights_follow_the_channels(padding):
+    module, x = EfficientChannelAttention(64, padding=padding), torch.randn(2, 64, 5, 7)
+    followed = torch.allclose(module.attend(x.roll(9, 1)), module.attend(x).roll(9, 1))
+    assert followed == (padding == "circular")
+
+
+@pytest.mark.parametrize(("padding", "cls"), [("zeros", EcaModule), ("circular", CecaModule)])
 @pytest.mark.parametrize("channels", [64, 256])
-def test_equals_timm_after_copying_weights(channels):
-    ours, theirs, x = EfficientChannelAttention(channels), EcaModule(channels), torch.randn(2, channels, 5, 7)
+def test_equals_timm_after_copying_weights(channels, padding, cls):
+    ours, theirs = EfficientChannelAttention(channels, padding=padding), cls(channels)
+    x = torch.randn(2, channels, 5, 7)
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(x), theirs(x))
 
@@ -70,3 +102,14 @@ def test_equals_timm_after_copying_weights(channels):
 def test_refuses_a_kernel_without_a_middle(kernel_size):
     with pytest.raises(ValueError, match=f"kernel_size must be odd and positive, got {kernel_size}"):
         EfficientChannelAttention(64, kernel_size=kernel_size)
+
+
+def test_refuses_to_go_around_a_ring_more_than_once():
+    with pytest.raises(ValueError, match="kernel_size must be at most 9 around 4 channels, got 11"):
+        EfficientChannelAttention(4, kernel_size=11, padding="circular")
+    assert EfficientChannelAttention(4, kernel_size=11)(torch.randn(1, 4, 2, 3)).shape == (1, 4, 2, 3)
+
+
+def test_refuses_an_unknown_padding(unchecked):
+    with pytest.raises(ValueError, match="padding must be 'zeros' or 'circular', got 'reflect'"):
+        EfficientChannelAttention(64, padding="reflect")

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
+from visattn.attention.channel.core import scale
 
 
 class SqueezeExcitation(Attention):
@@ -42,4 +43,4 @@ class SqueezeExcitation(Attention):
         return self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
 
     def read(self, x: Float[Tensor, "b c h w"], *, weights: Float[Tensor, "b c 1 1"]) -> Float[Tensor, "b c h w"]:
-        return x * weights
+        return scale(x, weights)

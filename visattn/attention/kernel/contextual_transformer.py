@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.kernel.core import aggregate, check_kernel_size, mix, softmax
+from visattn.attention.core import softmax
+from visattn.attention.kernel.core import aggregate, check_kernel_size, mix
 
 SHARE = 8
 """Channels of the values that one kernel serves."""
@@ -113,7 +114,7 @@ class ContextualTransformer(Attention):
         kernel = self.kernel(torch.cat((x, static), 1)).unflatten(1, (-1, side, side))
         dynamic = self._dynamic(x, kernel)
         logits = self.fuse((dynamic + static).mean((2, 3))).unflatten(1, (-1, 2))
-        context = softmax(logits.mT)[..., None, None].to(dynamic.dtype)
+        context = softmax(logits.mT, 1)[..., None, None].to(dynamic.dtype)
         return Weights(kernel, context), dynamic, static
 
     def _dynamic(

@@ -7,12 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.spatial.cbam import differentiable, plain, tiles
-
-
-def softmax(logits: Float[Tensor, "b k *rest"]) -> Float[Tensor, "b k *rest"]:
-    """Spread a weight of one over the items of axis 1, in at least float32."""
-    return logits.softmax(1, torch.promote_types(logits.dtype, torch.float32))
+from visattn.attention.core import differentiable, plain, tiles
 
 
 def mix(maps: Sequence[Float[Tensor, "b c h w"]], weights: Float[Tensor, "b k c 1 1"]) -> Float[Tensor, "b c h w"]:

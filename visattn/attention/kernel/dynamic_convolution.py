@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.kernel.core import Kernels, softmax
+from visattn.attention.core import softmax
+from visattn.attention.kernel.core import Kernels
 
 
 class DynamicConvolution(Attention):
@@ -101,7 +102,7 @@ class DynamicConvolution(Attention):
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k 1 1 1"]:
         logits = self.choose(self.squeeze(x.mean((2, 3))).relu())
-        return softmax(logits / self.temperature)[..., None, None, None].to(x.dtype)
+        return softmax(logits / self.temperature, 1)[..., None, None, None].to(x.dtype)
 
     def read(self, x: Float[Tensor, "b c h w"], *, weights: Float[Tensor, "b k 1 1 1"]) -> Float[Tensor, "b d h2 w2"]:
         return self.kernels(x, weights.flatten(1))

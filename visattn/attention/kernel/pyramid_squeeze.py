@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.kernel.core import softmax
+from visattn.attention.core import softmax
 
 
 class PyramidSqueezeAttention(Attention):
@@ -93,7 +93,7 @@ class PyramidSqueezeAttention(Attention):
 
     def _weigh(self, maps: list[Float[Tensor, "b d h2 w2"]]) -> Float[Tensor, "b k d 1 1"]:
         means = torch.stack([each.mean((2, 3)) for each in maps], 1)
-        return softmax(self.excite(self.squeeze(means).relu()).sigmoid())[..., None, None].to(maps[0].dtype)
+        return softmax(self.excite(self.squeeze(means).relu()).sigmoid(), 1)[..., None, None].to(maps[0].dtype)
 
     def _write(
         self, maps: list[Float[Tensor, "b d h2 w2"]], weights: Float[Tensor, "b k d 1 1"]

@@ -4,7 +4,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.kernel.core import check_groups, mix, softmax
+from visattn.attention.core import softmax
+from visattn.attention.kernel.core import check_groups, mix
 
 
 class SelectiveKernel(Attention):
@@ -84,4 +85,4 @@ class SelectiveKernel(Attention):
 
     def _choose(self, maps: list[Tensor]) -> Float[Tensor, "b k d 1 1"]:
         logits = self.select(self.squeeze(sum(each.mean((2, 3)) for each in maps)))
-        return softmax(logits.unflatten(1, (len(maps), -1)))[..., None, None].to(maps[0].dtype)
+        return softmax(logits.unflatten(1, (len(maps), -1)), 1)[..., None, None].to(maps[0].dtype)

@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.kernel.core import mix, softmax
+from visattn.attention.core import softmax
+from visattn.attention.kernel.core import mix
 
 
 class SplitAttention(Attention):
@@ -105,7 +106,7 @@ class SplitAttention(Attention):
     def _choose(self, splits: Tensor) -> Float[Tensor, "b k d 1 1"]:
         means = splits.mean((2, 3), keepdim=True).unflatten(1, (self.radix, -1)).sum(1)
         logits = self.select(self.squeeze(means)).unflatten(1, (self.cardinality, self.radix, -1)).transpose(1, 2)
-        return (logits.sigmoid() if self.radix == 1 else softmax(logits)).flatten(2, 3).to(splits.dtype)
+        return (logits.sigmoid() if self.radix == 1 else softmax(logits, 1)).flatten(2, 3).to(splits.dtype)
 
     def _merge(self, splits: Tensor, weights: Tensor) -> Float[Tensor, "b d h2 w2"]:
         return self.after(mix(splits.unflatten(1, (self.radix, -1)).unbind(1), weights))

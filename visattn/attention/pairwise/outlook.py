@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import softmax
 
 
 class OutlookAttention(Attention):
@@ -76,7 +77,7 @@ class OutlookAttention(Attention):
         centres = F.avg_pool2d(x, self.stride, ceil_mode=True).flatten(2).mT
         logits = F.linear(centres, self.outlook.weight * self.scale, self.outlook.bias * self.scale)
         logits = logits.unflatten(2, (self.heads, self.area, self.area))
-        return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
+        return softmax(logits).to(logits.dtype)
 
     def _places(self, x: Float[Tensor, "b c h w"]) -> Int[Tensor, "u area"]:
         """The positions of each window; beyond the border, the position after the last."""

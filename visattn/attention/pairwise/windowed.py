@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import softmax
 from visattn.attention.pairwise.positions import both
 from visattn.attention.pairwise.sparse import Groups, cross, gather, product, scatter
 
@@ -71,7 +72,7 @@ class _WindowedSelfAttention(Attention):
         query = gather(self._split(self.query(tokens[:-1])), groups.queries)
         key = gather(self._split(self.key(tokens)), groups.keys)
         logits = query @ key.mT * self.scale + self._bias(query, rows, columns)
-        weights = logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
+        weights = softmax(logits).to(logits.dtype)
         return spread(weights, groups).unflatten(0, (-1, self.heads))
 
     def read(self, x: Float[Tensor, "b c h w"], *, weights: Float[Tensor, "b heads n m"]) -> Float[Tensor, "b d h2 w2"]:

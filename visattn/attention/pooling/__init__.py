@@ -7,6 +7,7 @@ from visattn.attention.pooling.hierarchical import HierarchicalAttentionPool
 from visattn.attention.pooling.maximum import MaxPool
 from visattn.attention.pooling.mean import MeanPool
 from visattn.attention.pooling.multiple_instance import GatedMultipleInstancePool
+from visattn.attention.pooling.pay_attention import PayAttention
 from visattn.attention.pooling.structured import StructuredSelfAttentivePool
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "HierarchicalAttentionPool",
     "MaxPool",
     "MeanPool",
+    "PayAttention",
     "StructuredSelfAttentivePool",
 ]

@@ -4,10 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-def softmax(logits: Float[Tensor, "*axes n"]) -> Float[Tensor, "*axes n"]:
-    """Normalise over the last axis, in at least float32."""
-    return logits.softmax(-1, torch.promote_types(logits.dtype, torch.float32))
+from visattn.attention.core import softmax
 
 
 class SingleQuery(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.pooling.core import softmax
+from visattn.attention.core import softmax
 
 
 class HierarchicalWeights(NamedTuple):

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.pooling.core import softmax
+from visattn.attention.core import softmax
 
 
 class GatedMultipleInstancePool(Attention):

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
-from visattn.attention.pooling.core import softmax
+from visattn.attention.core import softmax
 
 
 class StructuredSelfAttentivePool(Attention):

@@ -1,6 +1,5 @@
 """Woo, Park, Lee, Kweon: CBAM: Convolutional Block Attention Module (ECCV 2018)."""
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
+from visattn.attention.core import differentiable, plain, tiles
 
 
 class Weights(NamedTuple):
@@ -183,16 +183,6 @@ class CBAM(Attention):
 # A compiler does as much by itself and cannot see through a function of autograd: it gets plain operations.
 
 
-def plain(x: Tensor) -> bool:
-    """Does a compiler, an exporter, a tracer or a transform of ``torch.func`` look, which wants plain operations?"""
-    return (
-        type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()  # what torch.autograd.Function.apply itself asks
-    )
-
-
 def pool(x: Tensor, scale: Tensor | None = None, *, dims: tuple[int, ...], keep: bool = False) -> tuple[Any, ...]:
     """Pool ``x * scale`` over ``dims``.
 
@@ -220,23 +210,6 @@ def multiply(x: Tensor, first: Tensor, second: Tensor, scaled: Tensor | None = N
 
 def plain_multiply(x: Tensor, first: Tensor, second: Tensor, scaled: Tensor | None = None) -> Tensor:
     return (x * first if scaled is None else scaled) * second
-
-
-def tiles(*maps: Tensor | None) -> Iterator[list[Any]]:
-    """Go through the batch of all maps together, on a processor by as many samples as stay in its cache."""
-    x = maps[0]
-    assert x is not None
-    size = max(1, 2**18 * len(x) // max(1, x.numel()) if x.device.type == "cpu" else len(x))
-    count = max(1, -(-len(x) // size))
-    yield from map(list, zip(*([None] * count if each is None else each.split(size) for each in maps), strict=True))
-
-
-def differentiable(function: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor]) -> list[Any]:
-    """Gradients that can be differentiated again, by autograd through plain operations."""
-    inputs = [each.view_as(each) if isinstance(each, Tensor) else each for each in inputs]  # cut off how they depend
-    wanted = [each for each in inputs if isinstance(each, Tensor) and each.requires_grad]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, gradients, create_graph=True))
-    return [next(found) if isinstance(each, Tensor) and each.requires_grad else None for each in inputs]
 
 
 class Pool(torch.autograd.Function):

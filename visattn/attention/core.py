@@ -1,0 +1,44 @@
+"""What modules of several families share: a safe softmax, and what functions with gradients of their own need.
+
+Such functions save time and memory: they take few samples at a time, which stay in the processor's cache, and for the
+gradient compute again what others keep. A compiler does as much by itself and cannot see through them: it gets plain
+operations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def softmax(logits: Tensor, dim: int = -1) -> Tensor:
+    """Spread a weight of one over an axis, in at least float32, under autocast too."""
+    return logits.softmax(dim, torch.promote_types(logits.dtype, torch.float32))
+
+
+def plain(x: Tensor) -> bool:
+    """Does a compiler, an exporter, a tracer or a transform of ``torch.func`` look, which wants plain operations?"""
+    return (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()  # what torch.autograd.Function.apply itself asks
+    )
+
+
+def tiles(*maps: Tensor | None) -> Iterator[list[Any]]:
+    """Go through the batch of all maps together, on a processor by as many samples as stay in its cache."""
+    x = maps[0]
+    assert x is not None
+    size = max(1, 2**18 * len(x) // max(1, x.numel()) if x.device.type == "cpu" else len(x))
+    count = max(1, -(-len(x) // size))
+    yield from map(list, zip(*([None] * count if each is None else each.split(size) for each in maps), strict=True))
+
+
+def differentiable(function: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor]) -> list[Any]:
+    """Gradients that can be differentiated again, by autograd through plain operations."""
+    inputs = [each.view_as(each) if isinstance(each, Tensor) else each for each in inputs]  # cut off how they depend
+    wanted = [each for each in inputs if isinstance(each, Tensor) and each.requires_grad]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, gradients, create_graph=True))
+    return [next(found) if isinstance(each, Tensor) and each.requires_grad else None for each in inputs]
