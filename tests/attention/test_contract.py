@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.attention.case import gather
+from tests.attention.case import Case, gather
 from visattn import attention
 from visattn.attention import Attention, SqueezeExcitation
 
 CASES = gather()
 CLASSES = sorted({case.cls for case in CASES}, key=lambda cls: cls.__name__)
 
+FIRST = [case for i, case in enumerate(CASES) if case.cls not in {other.cls for other in CASES[:i]}]
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case_in_time = pytest.mark.parametrize(  # what takes seconds: other options of a module in the slow part
+    "case",
+    [case if any(case is c for c in FIRST) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 either_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
@@ -106,10 +113,7 @@ def test_reads_its_input_bit_for_bit_at_neutral_weights(case):
     assert torch.equal(module.read(*x, weights=neutral), x[0])
 
 
-@every_case
-@pytest.mark.parametrize("form", ["fast", "full"])
-def test_gradient_is_correct(case, form):
-    fast = form == "fast"
+def check_gradient(case: Case, fast: bool) -> None:
     still = "spectral_norm" in case.options  # its weights take a step in each forward
     small = case.grid if case.fixed else (2, 3, 5)[-len(case.grid) :]
     module = case.lively(None if fast else case.small).train(fast and not still)
@@ -121,6 +125,16 @@ def test_gradient_is_correct(case, form):
         return functional_call(module, dict(zip(names, values, strict=True)), x)
 
     assert torch.autograd.gradcheck(call, (*(each.requires_grad_() for each in x), *values), fast_mode=fast)
+
+
+@every_case
+def test_gradient_is_correct_in_a_direction(case):
+    check_gradient(case, fast=True)
+
+
+@every_case_in_time
+def test_gradient_is_correct(case):
+    check_gradient(case, fast=False)
 
 
 @every_case
@@ -233,7 +247,7 @@ def test_takes_any_size_one_sample_at_a_time(case, side, training):
             assert several[0].shape[2:] == x[0].shape[2:]
 
 
-@every_case
+@every_case_in_time
 @either_mode
 def test_compiles_without_a_break(case, training, unchecked):
     module, x = case.lively().train(training), case.input()
@@ -246,7 +260,7 @@ def test_compiles_without_a_break(case, training, unchecked):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
-@every_case
+@every_case_in_time
 def test_exports_with_dynamic_batch_and_size(case, unchecked):
     module = nn.Sequential(case.lively()) if case.inputs == 1 else case.lively()  # whose forward names its argument
     axes = (0,) if case.fixed else (0, *range(2, 2 + len(case.grid)))
