@@ -192,6 +192,35 @@ def test_is_finite_in_bf16_and_keeps_the_input_s_dtype(case, dtype, autocast, tr
     assert all(y.isfinite().all() for y in several)
 
 
+class PlainNorm(nn.BatchNorm2d):
+    """Batch norm in eval as its equation reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if (c.inputs, len(c.grid)) == (1, 2) and c.cls.replaces != "pool"], ids=str
+)
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_batch_norm_beside_it_gets_the_right_gradient_from_one_image(case, side):
+    module, (x,) = case.lively(), case.input(1)
+    channels = (x if side == "before" else module(x)).shape[1]
+    norm, plain = (cls(channels).double().eval() for cls in (nn.BatchNorm2d, PlainNorm))
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    plain.load_state_dict(norm.state_dict())
+    found = []
+    for each in (norm, plain):
+        x = x.detach().requires_grad_()
+        y = module(each(x)) if side == "before" else each(module(x))
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(y, (x, *each.parameters()), torch.randn_like(y.contiguous())))
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
+
+
 @every_case
 def test_channels_last_gives_the_same(case):
     module, x = case.lively(), case.input()

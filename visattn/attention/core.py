@@ -9,7 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+
+def positions_first(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n b c"]:
+    """View a map as positions, images, channels.
+
+    A gradient through such a permutation has a stride of one position between images. For a single image torch's batch
+    norm misreads it on the CPU (its backward is silently wrong), so there the image is selected, whose gradient is laid
+    out anew.
+    """
+    if x.shape[0] == 1 and not torch.compiler.is_compiling():
+        return x[0].flatten(1).mT[:, None]
+    return x.flatten(2).permute(2, 0, 1)
 
 
 def softmax(logits: Tensor, dim: int = -1) -> Tensor:

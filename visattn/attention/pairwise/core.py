@@ -1,6 +1,6 @@
 """What every position reads from every other: three affinities, each as a matrix and without one."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -25,27 +25,38 @@ def read(value: Float[Tensor, "b m e"], weights: Float[Tensor, "b n m"]) -> Floa
     return torch.bmm(value.mT, weights.mT).mT
 
 
+def uncast(device: torch.device) -> AbstractContextManager[object]:
+    """Leave autocast, where it is on: products of queries and keys overflow in float16 and are coarse in bfloat16."""
+    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
+
+
 class Softmax(nn.Module):
     r"""Weights :math:`\operatorname{softmax}_j(s\, q_i^\top k_j)`: every query spreads a weight of one over the keys.
 
     Args:
         scale: Factor :math:`s` of the logits.
+        causal: Whether a query reads the keys up to its own place only.
     """
 
-    def __init__(self, scale: float = 1.0):
+    def __init__(self, scale: float = 1.0, *, causal: bool = False):
         super().__init__()
         self.scale = scale
+        self.causal = causal
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}"
 
+    def logits(self, query: Float[Tensor, "b n d"], key: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
+        return torch.bmm(query if self.scale == 1 else query * self.scale, key.mT)
+
     def weights(self, query: Float[Tensor, "b n d"], key: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
         """Logits and softmax in at least float32, under autocast too: unscaled logits overflow in float16."""
-        dtype, device = torch.promote_types(query.dtype, torch.float32), query.device.type
-        lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if lowered else nullcontext():
-            wide = query.to(dtype) if self.scale == 1 else query.to(dtype) * self.scale
-            logits = torch.bmm(wide, key.to(dtype).mT)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        with uncast(query.device):
+            logits = self.logits(query.to(dtype), key.to(dtype))
+        if self.causal:
+            logits = logits + torch.full_like(logits[0], -torch.inf).triu(1)
         return logits.softmax(-1).to(query.dtype)
 
     def read(
@@ -67,7 +78,8 @@ class Softmax(nn.Module):
         if cpu and query.shape[2] != features:
             query, key, value = (F.pad(x, (0, width - x.shape[2])) for x in (query, key, value))
         query, key, value = (x.contiguous()[:, None] for x in (query, key, value))  # as the kernels want them
-        return F.scaled_dot_product_attention(query, key, value, scale=self.scale)[:, 0, :, :features]
+        fused = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.scale)
+        return fused[:, 0, :, :features]
 
 
 class Dot(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import positions_first
 
 
 class Groups(NamedTuple):
@@ -112,7 +113,7 @@ def attend_in_groups(
 
 def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n b c"]:
     """Positions first, features last."""
-    return x.flatten(2).permute(2, 0, 1).contiguous()
+    return positions_first(x).contiguous()
 
 
 class _SparseSelfAttention(Attention):

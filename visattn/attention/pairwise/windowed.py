@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.core import softmax
+from visattn.attention.core import positions_first, softmax
 from visattn.attention.pairwise.positions import both
 from visattn.attention.pairwise.sparse import Groups, cross, gather, product, scatter
 
@@ -90,7 +90,7 @@ class _WindowedSelfAttention(Attention):
 
     def _tokens(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n_1 b c"]:
         """Positions first, and after the last one the zeros that stand beyond the map."""
-        return F.pad(x.flatten(2).permute(2, 0, 1), (0, 0, 0, 0, 0, 1))
+        return F.pad(positions_first(x), (0, 0, 0, 0, 0, 1))
 
     def _split(self, tokens: Float[Tensor, "n b c"]) -> Float[Tensor, "n z d"]:
         return tokens.unflatten(2, (self.heads, -1)).flatten(1, 2)
