@@ -209,3 +209,17 @@ def test_open_gates_along_an_axis_are_no_queries():
     (heat,) = read_maps(strips, (224, 224))
     assert heat.query is None
     assert heat.values.shape == (7, 1)
+
+
+def test_the_signature_of_a_module_says_what_its_weights_are():
+    weights = torch.rand(1, 2, 16, 16)  # of 4×4 positions, or a map at stride 8
+    pairs, unknown, fields = (
+        read_maps({name: weights}, (128, 128))[0]
+        for name in ("layer4/HaloAttention", "layer4/Attention", "layer4/AxialAttention.height")
+    )
+    assert (pairs.values.shape, fields.values.shape, unknown.values.shape) == ((4, 4), (4, 4), (16, 16))
+    assert (pairs.query is None, unknown.query is None) == (False, True)
+    (heat,) = read_maps({"layer4/LargeKernelAttention": weights / weights.sum(-1, keepdim=True)}, (128, 128))
+    assert heat.values.shape == (16, 16)
+    (second,) = read_maps({"layer4/LambdaAttention.2": weights}, (128, 128))
+    assert second.values.shape == (4, 4)

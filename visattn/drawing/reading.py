@@ -1,13 +1,14 @@
 """What recorded weights say about an image: bars where they are over channels, heat where they are over positions.
 
-Shapes decide: (1, c, 1, 1) are channels; (1, 1, h, w) a map; (1, c, h, w) a map for each channel, of which the mean is
-shown; (1, n, m), and (1, heads, n, m) whose rows sum to one or are no rows of a map, say what each of n queries reads
-from m keys, of which one query is shown. (1, k, c, 1, 1) weigh k items: branches, kernels, experts or channels;
-(1, g, k, k, h, w) are a kernel at each position, whose size is shown; (1, g, k, k, 2, h, w) are how far down and to the
-right each tap of one moves, whose length is shown. Weights over channels or items have no place in the image, and none
-is made up.
+The signature of a module of ours, which the name of the map tells, says what its weights are; else shapes decide. (1,
+c, 1, 1) are channels; (1, 1, h, w) a map; (1, c, h, w) a map for each channel, of which the mean is shown; (1, n, m),
+and (1, heads, n, m) whose rows sum to one or are no rows of a map, say what each of n queries reads from m keys, of
+which one query is shown. (1, k, c, 1, 1) weigh k items: branches, kernels, experts or channels; (1, g, k, k, h, w)
+are a kernel at each position, whose size is shown; (1, g, k, k, 2, h, w) are how far down and to the right each tap
+of one moves, whose length is shown. Weights over channels or items have no place in the image, and none is made up.
 """
 
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from visattn import attention
 from visattn.drawing.grid import Grid, grid_of, key_grid_of, same_stride, usual_grids
 from visattn.drawing.overlay import constant
 
@@ -86,7 +88,7 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
         return Channels(name, _note(mean, items, _mean_of(values.shape[1], "channels")), mean.numpy())
     if values.ndim > 4:
         return _read_kernels(name, values, image)
-    if values.ndim == 2 or (values.shape[-1] > 1 and _pairs(values, image)):
+    if values.ndim == 2 or (values.shape[-1] > 1 and _pairs(name, values, image)):
         try:
             return _read_query(name, values, image, query, grid)
         except ValueError as error:
@@ -94,8 +96,20 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
     return _read_map(name, values.mean(0), image, _mean_of(len(values), "channels"))
 
 
-def _pairs(values: Tensor, image: Grid) -> bool:
-    """Are these weights of pairs of positions? Their rows sum to one, or only so can they lie on the image."""
+def _axes(name: str) -> str | None:
+    """The axes of weights of a module of ours, as its signature states them."""
+    cls, *field = name.rpartition("/")[2].split(".")
+    if cls == "Attention" or cls not in attention.__all__:
+        return None
+    kind = typing.get_type_hints(getattr(attention, cls).attend)["return"]
+    kind = typing.get_type_hints(kind).get(field[-1] if field else "") if issubclass(kind, tuple) else kind
+    return getattr(kind, "dim_str", None)
+
+
+def _pairs(name: str, values: Tensor, image: Grid) -> bool:
+    """Are these weights of pairs of positions? Their module says so, their rows sum to one, or only so do they fit."""
+    if axes := _axes(name):
+        return axes.endswith(("n m", "1 m"))
     if torch.allclose(values.sum(-1), torch.ones(()), atol=1e-2):
         return True
     usual = usual_grids(image)
