@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 
+from visattn import attention
 from visattn.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,11 @@ def test_the_table_of_modules_is_that_of_the_code(capsys):
     assert main(["zoo", "--markdown"]) == 0
     written = README.partition("<!-- zoo -->\n")[2].partition("<!-- end -->")[0]
     assert written == capsys.readouterr().out
+
+
+def test_there_are_as_many_modules_as_it_says():
+    said = re.findall(r"[Mm]ore than (\d+)\s(?:attention )?modules", README)
+    assert set(said) == {str((len(attention.__all__) - 2) // 10 * 10)}
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""List the attention modules: paper, weights and what they are over, parameters, multiply-adds and place."""
+"""List the attention modules: what they weigh and how, parameters, multiply-adds and place; papers by family."""
 
 import inspect
 import json
@@ -14,50 +14,71 @@ from visattn.attention import Attention
 from visattn.commands import cell, show
 
 INPUT = (256, 14, 14)
+NAMES = [name for name in attention.__all__ if name != "Attention"]
+
+ALL = ("module", "family", "weights", "weighs", "choice", "asked", "parameters", "MACs", "place")
+BRIEF = ("module", "family", "weights", "parameters", "MACs", "place")
+FAMILY = ("module", "paper", "weights", "asked", "fresh", "sizes", "parameters", "MACs", "place")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    families = list(dict.fromkeys(family(getattr(attention, name)) for name in NAMES))
+    parser.add_argument("--family", choices=families, metavar="NAME", help=f"of one family only: {', '.join(families)}")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+    form.add_argument("--markdown", action="store_true", help="print a table in Markdown, a brief one of all families")
 
 
 def run(args: Namespace) -> int:
-    rows = [describe(getattr(attention, name)) for name in attention.__all__ if name != "Attention"]
+    classes = [getattr(attention, name) for name in NAMES]
+    rows = [describe(cls) for cls in classes if args.family in (None, family(cls))]
     if args.json:
         print(json.dumps(rows, indent=2))
-    elif args.markdown:
-        print("|", " | ".join(rows[0]), "|")
-        print("|", " | ".join("---:" if isinstance(value, int) else "---" for value in rows[0].values()), "|")
-        for row in rows:
-            print("|", " | ".join(cell(value) for value in row.values()), "|")
+        return 0
+    columns = FAMILY if args.family else BRIEF if args.markdown else ALL
+    rows = [{name: row[name] for name in columns} for row in rows]
+    if args.markdown:
+        print(markdown(rows))
     else:
         title = "Parameters and multiply-adds at {} × {} × {}".format(*INPUT)
         show(rows, title=title, caption="weights: over b images, c channels, h w positions, n m pairs of positions")
     return 0
 
 
+def family(cls: type[Attention]) -> str:
+    return cls.__module__.split(".")[2]
+
+
 def describe(cls: type[Attention]) -> dict[str, Any]:
     """Return the row of a module with its default options."""
-    tied = "size" in inspect.signature(cls).parameters and {"size": INPUT[1:]}
-    module = cls(INPUT[0], **(tied or {})).eval()
-    given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
-    maps = [p for p in given if p.kind is not p.VAR_POSITIONAL]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*(torch.randn(1, *INPUT) for _ in maps))
+    try:
+        module, sizes = cls(INPUT[0]), "any"
+    except ValueError:
+        module, sizes = cls(INPUT[0], size=INPUT[1:]), "one"
     place = cls.place
     return {
         "module": cls.__name__,
-        "family": cls.__module__.split(".")[2],
+        "family": family(cls),
         "paper": cls.paper,
         "weights": weights(cls),
         "weighs": "locations" if cls.locations else "items",
         "choice": "hard" if cls.hard else "soft",
         "asked": "by a query" if cls.queried else "bottom-up",
+        "fresh": "identity" if module.identity_at_init else "changes",
+        "sizes": sizes,
         "parameters": sum(p.numel() for p in module.parameters()),
-        "MACs": counter.get_total_flops() // 2,
+        "MACs": cost(module, INPUT),
         "place": place if isinstance(place, str) else ", ".join(place or ["inside models"]),
     }
+
+
+def cost(module: Attention, size: tuple[int, int, int]) -> int:
+    """Return the multiply-adds of convolutions and matrix products for one map of this size."""
+    given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
+    maps = [p for p in given if p.kind is not p.VAR_POSITIONAL]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(*(torch.randn(1, *size) for _ in maps))
+    return counter.get_total_flops() // 2
 
 
 def weights(cls: type[Attention]) -> str:
@@ -66,3 +87,25 @@ def weights(cls: type[Attention]) -> str:
     if issubclass(kind, tuple):
         return ", ".join(f"{name}: {part.dim_str}" for name, part in typing.get_type_hints(kind).items())
     return kind.dim_str
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return a table whose papers are links."""
+    lines = [
+        list(rows[0]),
+        ["---:" if isinstance(value, int) else "---" for value in rows[0].values()],
+        *([link(value) if name == "paper" else cell(value) for name, value in row.items()] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def link(paper: str) -> str:
+    """Return the address of a paper in Markdown.
+
+    Example:
+        >>> link("arXiv:1807.06521")
+        '[arXiv:1807.06521](https://arxiv.org/abs/1807.06521)'
+    """
+    kind, _, name = paper.partition(":")
+    site = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(kind)
+    return f"[{paper}]({site}{name})" if site else f"[{name.split('/')[2]}]({paper})"
