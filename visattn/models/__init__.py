@@ -1,0 +1,8 @@
+"""Networks made of attention; no loss, no Lightning. ``__all__`` is the index."""
+
+from visattn.models.attention_branch import AttentionBranchNetwork
+from visattn.models.pairs import SiameseNetwork
+from visattn.models.pay_attention import LearnToPayAttention
+from visattn.models.recurrent_pool import RecurrentPoolNetwork
+
+__all__ = ["AttentionBranchNetwork", "LearnToPayAttention", "RecurrentPoolNetwork", "SiameseNetwork"]

@@ -1,0 +1,136 @@
+"""What networks have in common that take a backbone of timm apart: building it, and finding its parts."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from visattn.attention.base import Built
+from visattn.surgery import insertions
+
+
+class Network(Built):
+    """A classifier around a backbone.
+
+    Args:
+        backbone: Name of a timm model, or the model itself, which is then taken as it is; such a network is not saved.
+        num_classes: Number of classes; None: as many as the backbone has.
+        pretrained: Whether a backbone that is named starts with its trained weights.
+        backbone_args: Arguments of ``timm.create_model``, such as ``in_chans``, for a backbone that is named.
+
+    Raises:
+        ValueError: If there are arguments for a backbone that is given, or something is inserted in it.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int | None,
+        pretrained: bool,
+        backbone_args: dict[str, Any] | None,
+    ):
+        super().__init__()
+        self.arguments.pop("pretrained", None)  # whoever builds it again has weights
+        model: Any = backbone
+        if isinstance(backbone, str):
+            options = {} if num_classes is None else {"num_classes": num_classes}
+            model = timm.create_model(backbone, pretrained=pretrained, **(backbone_args or {}) | options)
+        elif pretrained or backbone_args:
+            raise ValueError("pretrained and backbone_args are for a backbone that is named, got a model")
+        elif insertions(model):
+            raise ValueError("backbone must have nothing inserted: insert into the network that is made of it")
+        elif num_classes not in (None, model.num_classes):
+            model.reset_classifier(num_classes)
+        self.backbone = model
+        self.num_classes: int = model.num_classes
+
+
+@dataclass
+class Call:
+    """One call of one module."""
+
+    name: str
+    given: Any
+    start: int
+    version: int  # of what was given: it counts what is written to it
+    end: int = -1
+    returned: Any = None
+    wrote: bool = False
+
+
+@dataclass
+class Seen:
+    """What goes through a backbone, on the meta device."""
+
+    name: str
+    maps: list[Tensor] = field(default_factory=list)  # of its levels, with the channels first
+    last: Any = None  # what its head is given
+    vector: Any = None  # what its classifier is given
+    calls: list[Call] = field(default_factory=list)
+
+    def levels(self, stages: int | Sequence[int]) -> tuple[int, ...]:
+        """The levels that are asked for: the last so many, or those of these numbers, counted as in a list."""
+        count = len(self.maps)
+        numbers = range(-stages, 0) if isinstance(stages, int) else stages
+        levels = tuple(n + count if n < 0 else n for n in numbers)
+        if not levels or list(levels) != sorted(set(levels)) or levels[0] < 0 or levels[-1] >= count:
+            raise ValueError(f"stages must be of the {count} levels of {self.name}, in order, got {stages}")
+        return levels
+
+    def behind(self, level: int) -> list[str]:
+        """The modules that lead, one after the other, from the map of a level to the head."""
+        tensor: Any = self.maps[level]
+        time = max((call.end for call in self.calls if call.returned is tensor and call.wrote), default=None)
+        names: list[str] = []
+        while time is not None and tensor is not self.last:
+            following = [call for call in self.calls if call.name and call.given is tensor and call.start > time]
+            if not following:
+                break
+            call = min(following, key=lambda call: call.start)  # the outermost
+            names.append(call.name)
+            tensor, time = call.returned, call.end
+        if tensor is not self.last:
+            place = f"after {names[-1]}" if names else f"at level {level}"
+            raise ValueError(
+                f"{self.name} cannot be split {place}: from there to its head it is not one module after another"
+            )
+        return names
+
+
+def look(backbone: nn.Module) -> Seen:
+    """See what goes through a backbone, on the meta device: no weight is read, nothing is computed."""
+    name = type(backbone).__name__
+    if not hasattr(backbone, "forward_intermediates"):
+        raise ValueError(f"{name} cannot be split: it has no forward_intermediates, by which timm gives its maps")
+    shell: Any = copy.deepcopy(backbone).to("meta").eval()
+    first = next(m for m in shell.modules() if isinstance(m, nn.Conv2d))
+    declared = (getattr(shell, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    sizes = (m.img_size for m in shell.modules() if isinstance(getattr(m, "img_size", None), tuple))
+    size = next(sizes, declared[1:])
+    seen, running, clock = Seen(name), list[Call](), itertools.count()
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        running.append(Call(name, given, next(clock), -1 if given is None else given._version))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        call = running.pop()
+        call.end, call.returned = next(clock), output
+        call.wrote = output is not call.given or output._version != call.version
+        seen.calls.append(call)
+
+    for name, module in shell.named_modules():
+        module.register_forward_pre_hook(partial(enter, name))
+        module.register_forward_hook(leave)
+    channels = first.in_channels if first.in_channels <= 4 else declared[0]  # else it is given small squares
+    image = torch.empty(2, channels, *size, device="meta", dtype=first.weight.dtype)
+    with torch.no_grad():
+        seen.last, seen.maps = shell.forward_intermediates(image)
+        seen.vector = shell.forward_head(seen.last, pre_logits=True)
+    return seen
