@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from visattn.tasks.command_line import CommandLine
+from visattn.tasks.command_line import CommandLine, known_tasks
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -23,7 +23,8 @@ class Parsed(CommandLine):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_parses(file):
     config = Parsed(["fit", "--config", str(file)]).config["fit"]
-    assert config["model"]["backbone"]
+    assert config["task"] in known_tasks()
+    assert config["data"]["root"]
     assert config["trainer"]["default_root_dir"].startswith("runs/")
 
 
@@ -36,4 +37,10 @@ def test_says_command_hardware_time_and_metric(file):
 
 
 def test_there_are_some():
-    assert {file.stem for file in CONFIGS} >= {"quickstart", "classify_cifar10", "classify_folder", "classify_imagenet"}
+    assert {file.stem for file in CONFIGS} >= {
+        "quickstart",
+        "classify_cifar10",
+        "classify_folder",
+        "classify_imagenet",
+        "pairs_fashionmnist",
+    }

@@ -8,8 +8,8 @@ A checkpoint is a folder:
 - ``card.md``: what it is, for people.
 
 A Lightning ``.ckpt`` loads alike if it holds what :func:`describe` gives as ``"visattn"``, and the weights as
-``"model.…"``. Classes are looked up by name in ``visattn.attention.__all__`` and among the caller's; nothing is
-imported because a file names it.
+``"model.…"``. Classes are looked up by name in ``visattn.attention.__all__``, in ``visattn.models.__all__`` and
+among the caller's; nothing is imported because a file names it.
 """
 
 import json
@@ -34,7 +34,7 @@ from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
-from visattn import attention
+from visattn import attention, models
 from visattn.attention.base import Attention
 from visattn.data.transforms import Preprocess
 from visattn.surgery import Site, SurgeryError, attach, insertions, remove
@@ -220,7 +220,7 @@ def _of_timm(model: nn.Module, model_args: Mapping[str, Any], transform: Preproc
 
 def _entry(module: nn.Module, where: str) -> dict[str, Any]:
     cls, arguments = type(module), getattr(module, "arguments", {})
-    own = cls.__name__ in attention.__all__ and getattr(attention, cls.__name__) is cls
+    own = _own().get(cls.__name__) is cls
     name = cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
     what = f"of {cls.__name__} at {where}"
     return {"class": name, "arguments": {key: _plain(a, f"argument {key} {what}") for key, a in arguments.items()}}
@@ -527,8 +527,7 @@ def _make(entry: Any, classes: Sequence[type[nn.Module]]) -> nn.Module:
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"a module is described wrongly: {entry!r}") from error
     package, _, name = path.rpartition(".")
-    own = {key: getattr(attention, key) for key in attention.__all__}
-    cls = {c.__name__: c for c in classes}.get(name) if package else own.get(name)
+    cls = {c.__name__: c for c in classes}.get(name) if package else _own().get(name)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise CheckpointError(f"it names the class {path}, unknown here: pass classes=[{name}]")
     try:
@@ -536,6 +535,11 @@ def _make(entry: Any, classes: Sequence[type[nn.Module]]) -> nn.Module:
     except Exception as error:  # whatever its constructor raises
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise CheckpointError(f"{name}({given}) cannot be built: {type(error).__name__}: {_line(error)}") from error
+
+
+def _own() -> dict[str, Any]:
+    """The classes that a checkpoint may name as they are."""
+    return {name: getattr(package, name) for package in (attention, models) for name in package.__all__}
 
 
 def _tuples(value: Any) -> Any:

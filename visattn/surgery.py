@@ -262,7 +262,7 @@ def insert(
     made = [(_make_for(make, cls, model, site), site) for site in found]
     for attention, site in made:
         if gate == "identity" and site.side == "instead" and hasattr(attention, "adopt"):
-            attention.adopt(model.get_submodule(site.name))
+            attention.adopt(model.get_submodule(site.name))  # type: ignore[operator]
         gated = gate == "identity" and not attention.identity_at_init and site.side != "instead"
         attach(model, attention, site, gated=gated)
     return model
@@ -432,7 +432,8 @@ def _make_for(make: Callable[..., Attention], cls: type[Attention] | None, model
     if cls is not None:
         named = inspect.signature(cls).parameters
         bound = make.keywords if isinstance(make, functools.partial) else {}
-        given = {name: value for name, value in known.items() if name in named and name not in bound}
+        unset = {"stride": 1}  # and None for all others: what a command line binds where nothing is given
+        given = {n: value for n, value in known.items() if n in named and bound.get(n, unset.get(n)) == unset.get(n)}
         if "out_channels" not in named and known.get("out_channels", site.channels) != site.channels:
             change = f"{site.channels} channels to {known['out_channels']}"
             raise SurgeryError(f"{cls.__name__} keeps the number of channels, {site.name} goes from {change}")

@@ -1,3 +1,4 @@
+import copy
 import csv
 import math
 from contextlib import suppress
@@ -13,10 +14,11 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import visattn
-from visattn import CBAM, Attention, NonLocal, SqueezeExcitation
+from visattn import CBAM, Attention, DynamicConvolution, NonLocal, SqueezeExcitation, StructuredSelfAttentivePool
+from visattn.models import AttentionBranchNetwork, LearnToPayAttention, RecurrentPoolNetwork
 from visattn.surgery import insertions
 from visattn.tasks import Classification, RunError
-from visattn.tasks.classification import warmup_cosine
+from visattn.tasks.base import warmup_cosine
 
 TINY = {"backbone": "test_resnet"}
 BUILT = {**TINY, "backbone_args": {"num_classes": 10, "in_chans": 1}}
@@ -174,6 +176,88 @@ def test_penalties_of_modules_are_added_and_logged(digits, trainer):
     assert penalty > 0.5
     assert seen.losses[0] - free.losses[0] == pytest.approx(2 * penalty, rel=1e-4)
     assert "attend" not in vars(insertions(task.model)[0].attention)
+
+
+class Temperatures(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, task, *rest):
+        self.seen.append({round(m.temperature.item(), 4) for m in task.modules() if isinstance(m, DynamicConvolution)})
+
+
+@pytest.mark.parametrize(("epochs", "seen"), [(4, [30, 15.5, 1, 1]), (2, [30, 1])])
+def test_temperatures_fall_over_half_of_a_short_run(digits, trainer, epochs, seen):
+    temperatures = Temperatures()
+    task = Classification(**TINY, attention=DynamicConvolution, at="convolutions", gate=None)
+    run = trainer(temperatures, limit_train_batches=1, limit_val_batches=0, max_epochs=epochs)
+    run.callbacks = [c for c in run.callbacks if not isinstance(c, pl.callbacks.ModelCheckpoint)]
+    run.fit(task, datamodule=digits())
+    assert temperatures.seen == [{value} for value in seen]
+
+
+def noted(task):
+    """What a task logs in steps outside a trainer."""
+    logged = {}
+    task.log = lambda name, value, **_: logged.update({name: value})
+    task.log_dict = logged.update
+    return logged
+
+
+@pytest.mark.parametrize("gate", ["identity", None])
+def test_every_penalty_is_logged_by_its_module_s_name_and_reaches_its_parameters(gate):
+    batch = torch.randn(4, 1, 64, 96), torch.tensor([0, 1, 2, 3])
+    modules = [StructuredSelfAttentivePool, Thrifty]
+    task = built(attention=modules, at=["pool", "stages[-2:]"], gate=gate, penalty_factor=3.0).train()
+    logged, pool = noted(task), task.model.global_pool
+    loss = task.training_step(batch, 0)
+    names = ["penalty/global_pool", "penalty/layer3.Thrifty", "penalty/layer4.Thrifty"]
+    assert sorted(name for name in logged if name.startswith("penalty/")) == names
+    total = sum(logged[name] for name in names)
+    torch.testing.assert_close(loss, logged["train/loss"] + 3 * total)
+    torch.testing.assert_close(logged["train/penalty"], total)
+    given = []
+    pool.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    task.training_step(batch, 0)
+    torch.testing.assert_close(logged[names[0]], pool.penalty(pool.attend(given[0])))
+    (3 * logged[names[1]]).backward(retain_graph=True)
+    assert insertions(task.model)[1].attention.squeeze.weight.grad.any()
+    assert insertions(task.model)[2].attention.squeeze.weight.grad is None
+    logged[names[0]].backward()
+    assert pool.hop.weight.grad.any()
+
+
+def test_penalties_come_out_of_a_compiled_network_that_is_compiled_once(unchecked):
+    batch = torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 2, 3])
+    task = built(attention=[StructuredSelfAttentivePool, Thrifty], at=["pool", "stages"]).train()
+    for norm in task.model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    logged, graphs = noted(task), []
+    eager = task.training_step(batch, 0), dict(logged)
+    logged.clear()
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    task.model.compile(backend=compiler, fullgraph=True)
+    for step in range(3):
+        torch.testing.assert_close((task.training_step(batch, step), dict(logged)), eager)
+    assert len(graphs) == 1
+
+
+def test_penalties_leave_nothing_behind():
+    task = built(attention=Thrifty, at="stages", gate=None).train()
+    noted(task)
+    task.training_step((torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 2, 3])), 0)
+    assert all(each.penalty is None for each in task.penalised.values())
+    task.__dict__.pop("log"), task.__dict__.pop("log_dict")
+    twin = copy.deepcopy(task)
+    for name, each in twin.penalised.items():
+        assert "attend" not in vars(each.module)
+        assert each.module is not task.penalised[name].module
+        assert each.module in [i.attention for i in insertions(twin.model)]
 
 
 def test_a_penalty_that_is_never_computed_is_an_error():
@@ -440,6 +524,58 @@ def test_trains_in_bfloat16(digits, trainer):
 
 def test_every_attention_is_found_by_its_short_name():
     assert all(issubclass(getattr(visattn, name), Attention) for name in visattn.attention.__all__)
+
+
+# --- networks made of a backbone --------------------------------------------------------------------------------------
+
+
+def test_several_logits_have_a_loss_each():
+    task = built(network=AttentionBranchNetwork, label_smoothing=0.1).train()
+    images, targets = torch.randn(4, 1, 64, 64), torch.tensor([0, 3, 9, 2])
+    for norm in task.model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+    perception, attention = task.model(images)
+    expected = task.loss(perception, targets) + task.loss(attention, targets)
+    torch.testing.assert_close(task.training_loss((images, targets)), expected)
+    task.eval()
+    torch.testing.assert_close(task(images), perception)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [partial(AttentionBranchNetwork, kernel_size=3), partial(LearnToPayAttention, stages=2), RecurrentPoolNetwork],
+    ids=["attention branch", "pay attention", "recurrent pool"],
+)
+def test_trains_a_network_made_of_the_backbone(network, digits, trainer, tmp_path):
+    options = {"attention": CBAM, "at": "backbone.layer2", "mixup": 0.2, "backbone_args": {"drop_path_rate": 0.1}}
+    task, seen = Classification(**TINY, network=network, **options), Seen()
+    trainer(seen).fit(task, datamodule=digits())
+    x = torch.randn(2, 1, 32, 32)
+    task.eval()
+    forms = [
+        Classification.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt", weights_only=True).eval(),
+        visattn.load(tmp_path / "checkpoints/last.ckpt"),
+        visattn.load(tmp_path / "model"),
+    ]
+    assert type(forms[2]) is type(task.model)
+    assert len(seen.losses) == 5
+    for form in forms:
+        assert torch.equal(form(x), task(x))
+        assert form.labels == task.labels
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze_backbone": True}, "freeze_backbone must be false with a network, which takes the backbone apart"),
+        ({"network": partial(AttentionBranchNetwork, pretrained=True)}, "pretrained must be given beside the network"),
+        ({"network": lambda name: None}, "network must be a class or functools.partial of one"),
+    ],
+)
+def test_refuses_networks_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Classification(**TINY, **{"network": AttentionBranchNetwork} | options)
 
 
 def test_many_labels_from_plain_loaders(trainer, tmp_path):

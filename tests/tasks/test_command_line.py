@@ -14,7 +14,9 @@ import yaml
 from PIL import Image
 
 import visattn
-from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, with_packaged_configs
+from visattn.models import AttentionBranchNetwork
+from visattn.tasks import Classification, Verification
+from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, task_of, with_packaged_configs
 
 ROOT = Path(__file__).parents[2]
 FEW = (
@@ -105,6 +107,21 @@ def test_short_names_put_modules_in(tmp_path):
     assert visattn.insertions(model)[-1].attention.arguments["reduction"] == 4
 
 
+def test_what_a_command_line_leaves_unset_comes_from_the_site(tmp_path):
+    run_cli(tiny("fit", "--model.attention AttentionPool --model.at pool --trainer.limit_train_batches 1"))
+    model = visattn.load(tmp_path / "runs/quickstart/version_0/model")
+    assert model.global_pool.arguments["size"] == (1, 1)
+
+
+def test_a_network_takes_the_backbone_apart(tmp_path):
+    network = "--model.network AttentionBranchNetwork --model.network.kernel_size 3"
+    run_cli(tiny("fit", f"{network} --model.attention null --trainer.limit_train_batches 1"))
+    model = visattn.load(tmp_path / "runs/quickstart/version_0/model")
+    assert type(model) is AttentionBranchNetwork
+    assert model.arguments["kernel_size"] == 3
+    assert (model.num_classes, len(model.labels)) == (10, 10)
+
+
 def test_trained_weights_say_how_images_are_prepared(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda model, **_: seen.setdefault("model", model))
@@ -131,6 +148,7 @@ def test_trained_weights_say_how_images_are_prepared(tmp_path, monkeypatch):
         ("--model.attention.reduction 999", "reduction must lie between 1 and channels=.*, got 999"),
         ("--model.atention CBAM", "unrecognized arguments: --model.atention CBAM"),
         ("--model.at nowhere", "at='nowhere' matches no module; .*"),
+        ("--model.network CBAM", "model.network: there is no 'CBAM', but AttentionBranchNetwork, .*PoolNetwork"),
         ("--model.gate idnetity", "model.gate: must be one of \\['identity'\\] or null, got idnetity"),
         ("--trainer.max_epochs two", "trainer.max_epochs: must be int or null, got two"),
         ("--data.root nowhere/", "root must be a folder, .*'nowhere/' does not exist"),
@@ -168,6 +186,17 @@ def test_packaged_configurations_are_found_by_name(tmp_path):
     assert with_packaged_configs(["quickstart.yaml"]) == ["quickstart.yaml"]
     (tmp_path / "quickstart.yaml").touch()
     assert with_packaged_configs(["fit", "--config", "quickstart.yaml"]) == ["fit", "--config", "quickstart.yaml"]
+
+
+def test_the_task_is_the_last_that_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("task: Verification\n")
+    (tmp_path / "b.yaml").write_text("data: {root: digits}\n")
+    (tmp_path / "c.yaml").write_text("- no\n- mapping\n")
+    assert task_of(["fit"]) is task_of(["fit", "--config", "b.yaml"]) is Classification
+    assert task_of(["fit", "--config", "a.yaml", "-c", "b.yaml"]) is task_of(["fit", "--config=a.yaml"]) is Verification
+    assert task_of(["fit", "--config", "a.yaml", "--task", "Classification"]) is Classification
+    assert task_of(["fit", "--task=Verification", "--config", "c.yaml", "--config"]) is Verification
+    assert task_of(["fit", "--config", "nowhere.yaml", "--task", "visattn.tasks.Verification"]) is Verification
 
 
 def test_a_refused_resumption_leaves_its_run_as_it_was(tmp_path, capsys):

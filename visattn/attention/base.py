@@ -7,7 +7,23 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 
-class Attention(nn.Module):
+class Built(nn.Module):
+    """A module that remembers how it was built."""
+
+    arguments: dict[str, Any]
+    """The arguments this module was constructed with, by name: what a checkpoint needs to build it again."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Built":
+        module = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls).bind(*args, **kwargs).arguments
+        except TypeError:  # copy and pickle make an empty shell; else __init__ is about to raise the clearer error
+            bound = {}
+        object.__setattr__(module, "arguments", dict(bound))
+        return module
+
+
+class Attention(Built):
     r"""A weighted sum whose weights depend on what is looked at.
 
     A subclass writes :meth:`attend` (where it looks: the weights, a tensor or a ``NamedTuple`` of tensors) and
@@ -38,18 +54,6 @@ class Attention(nn.Module):
 
     hard: ClassVar[bool] = False
     """Does it pick instead of mixing?"""
-
-    arguments: dict[str, Any]
-    """The arguments this module was constructed with, by name: what a checkpoint needs to build it again."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Attention":
-        module = super().__new__(cls)
-        try:
-            bound = inspect.signature(cls).bind(*args, **kwargs).arguments
-        except TypeError:  # copy and pickle make an empty shell; else __init__ is about to raise the clearer error
-            bound = {}
-        object.__setattr__(module, "arguments", dict(bound))
-        return module
 
     @property
     def identity_at_init(self) -> bool:

@@ -93,6 +93,8 @@ def probabilities(model: nn.Module, x: Tensor) -> Tensor:
 def run(args: Namespace) -> int:
     paths = find(args.images)
     model: Any = load(args.checkpoint, device=args.device)
+    if model.task == "verification":
+        raise ValueError(f"checkpoint must be of a classifier, {args.checkpoint} compares two images")
     if model.transform is None:
         raise ValueError(f"{args.checkpoint} does not say how images are prepared for the model")
     skipped: list[Path] = []

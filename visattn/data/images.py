@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -78,7 +78,7 @@ class Samples(Dataset):
         unreadable = {}
         for attempt in range(ATTEMPTS if self.train else 1):
             if attempt:
-                index = int(np.random.default_rng((*seed, attempt)).integers(len(self)))
+                index = int(np.random.default_rng((*seed, attempt)).integers(len(self.split)))
             try:
                 image = as_seen(self.split.read(index), self.preprocess.input_size[0])
             except Exception as error:  # decoders raise anything at damaged bytes
@@ -124,12 +124,12 @@ class Loader(DataLoader):
                 if unreadable:
                     epoch = f", epoch {self.sampler.epoch}" if isinstance(self.sampler, Shuffled) else ""
                     warnings.warn(
-                        f"{samples.called}{epoch}: {len(unreadable)} of {len(samples)} images could not be read and "
-                        f"were {'replaced by others' if samples.train else 'left out'}",
+                        f"{samples.called}{epoch}: {len(unreadable)} of {len(samples.split)} images could not be read "
+                        f"and were {'replaced by others' if samples.train else 'left out'}",
                         stacklevel=2,
                     )
                 if not given:
-                    raise DataError(f"none of the {len(samples)} images of {samples.called} can be read")
+                    raise DataError(f"none of the {len(samples.split)} images of {samples.called} can be read")
             if batch is not None:
                 yield batch
 
@@ -201,6 +201,8 @@ class Images(pl.LightningDataModule):
         (torch.Size([16, 1, 32, 32]), torch.Size([16]), 10)
     """
 
+    kind: ClassVar[type[Samples]] = Samples
+    """What a loader draws from."""
     preprocess: Preprocess
     """How evaluation and inference prepare an image. May be set before ``setup``, which then only overrides options."""
     labels: list[str]
@@ -324,7 +326,7 @@ class Images(pl.LightningDataModule):
         found = next((name for name in called if name in self.splits), None)
         if found is None:
             raise DataError(f"{self.root} has no {called[0]} split, only {', '.join(self.splits)}")
-        return Samples(
+        return self.kind(
             found,
             self.splits[found],
             self.preprocess,

@@ -1,6 +1,8 @@
 """What is trained, with which loss and which metrics (Lightning)."""
 
+from visattn.tasks.base import Task
 from visattn.tasks.classification import Classification
+from visattn.tasks.pairs import Verification
 from visattn.tasks.run import Outcome, RunError
 
-__all__ = ["Classification", "Outcome", "RunError"]
+__all__ = ["Classification", "Outcome", "RunError", "Task", "Verification"]

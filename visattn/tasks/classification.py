@@ -2,28 +2,21 @@
 
 import csv
 import math
-import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-import numpy as np
-import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
+from pytorch_lightning.cli import ReduceLROnPlateau
 from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -34,16 +27,19 @@ from torchmetrics.classification import (
 )
 
 from visattn import attention as zoo
+from visattn import models
 from visattn.attention import Attention
-from visattn.checkpoint import describe
-from visattn.data.transforms import Preprocess
+from visattn.data.images import Images
+from visattn.models.network import Network
 from visattn.surgery import insert, insertions
-from visattn.tasks.run import RunError, folder
+from visattn.tasks.base import Task, known_to_timm, trained_weights
+from visattn.tasks.run import folder
 
 MakeAttention = Callable[[int], Attention]
+MakeNetwork = Callable[[str], Network]
 
 
-class Classification(pl.LightningModule):
+class Classification(Task):
     """Train a backbone, with attention inserted, to say what an image shows.
 
     The network, ``model``, is built when a trainer (or ``load_from_checkpoint``) asks for it, because the data says how
@@ -57,6 +53,8 @@ class Classification(pl.LightningModule):
         pretrained: Whether the backbone starts with its trained weights.
         backbone_args: Arguments of ``timm.create_model``, such as ``drop_path_rate``. ``num_classes`` and ``in_chans``
             come from the data unless they are given here.
+        network: What is made of the backbone: a network of ``visattn.models`` with its options. One that returns
+            several logits in training has the sum of their losses.
         attention: What to insert: an attention class with its options, or several.
         at: Where, in the grammar of ``visattn.sites``; left out, where the module's paper puts it. With several
             modules, a list gives the place of each.
@@ -79,7 +77,10 @@ class Classification(pl.LightningModule):
         ValueError: If timm knows no such backbone, or an option does not fit the data.
     """
 
-    model: Any
+    data = Images
+    monitor = "val/top1"
+    classes = Task.classes | {"attention": zoo, "network": models}
+
     num_classes: int
     mix: Mixup | None
     class_weights: Tensor | None
@@ -90,6 +91,7 @@ class Classification(pl.LightningModule):
         *,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
+        network: MakeNetwork | None = None,
         attention: list[MakeAttention] | MakeAttention | None = None,
         at: list[str] | str | None = None,
         gate: Literal["identity"] | None = "identity",
@@ -107,32 +109,24 @@ class Classification(pl.LightningModule):
         channels_last: bool = False,
         compile: bool = False,
     ):
-        super().__init__()
-        if ":" not in backbone and not timm.is_model(backbone.partition(".")[0]):
-            close = ", ".join(get_close_matches(backbone, timm.list_models(), n=3))
-            hint = f"close: {close}" if close else "timm.list_models() lists the names"
-            raise ValueError(f"backbone {backbone!r} is not known to timm; {hint}")
+        super().__init__(optimizer, schedule, pretrained)
+        known_to_timm(backbone)
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        if network and freeze_backbone:
+            raise ValueError("freeze_backbone must be false with a network, which takes the backbone apart, got true")
         modules = attention if isinstance(attention, list) else [attention] if attention else []
         if isinstance(attention, list) and isinstance(at, list) and len(at) != len(attention):
             raise ValueError(f"at must give one place for each of the {len(attention)} modules, got {len(at)}")
 
         self.save_hyperparameters(ignore=["_instantiator"])
-        named = [_named(make, "attention") for make in modules]
-        self.hparams.update(
-            attention=named if isinstance(attention, list) else named[0] if named else None,
-            optimizer=_named(optimizer, "optimizer"),
-            schedule=_named(schedule, "schedule") if schedule else None,
-        )
-        self.insert = modules
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.pretrained = pretrained
-        self.labels: list[str] | None = None
-        self.preprocess: Preprocess | None = None
-        self.description: dict[str, Any] | None = None
+        self.remember(attention=attention, network=network)
+        self.insert, self.network = modules, network
+        options = self.hparams["network"]["init_args"] if network else {}
+        for name in ("num_classes", "pretrained", "backbone_args"):
+            if options.get(name):
+                raise ValueError(f"{name} must be given beside the network, not as an option of it")
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -151,17 +145,9 @@ class Classification(pl.LightningModule):
 
         # without a trainer, or on the way to a checkpoint, the weights come from elsewhere
         pretrained = self.pretrained and self._trainer is not None
-        config = timm.get_pretrained_cfg(h["backbone"]) if ":" not in h["backbone"] else None
-        if pretrained and config and not config.has_weights:
-            raise ValueError(f"pretrained must be false for backbone {h['backbone']!r}: timm has no weights of it")
-        try:
-            model: Any = timm.create_model(h["backbone"], pretrained=pretrained, **h["backbone_args"])
-        except OSError as error:
-            raise ValueError(
-                f"the trained weights of backbone {h['backbone']!r} cannot be had ({str(error).splitlines()[0]}); "
-                f"without a network give pretrained=false, or local-dir:FOLDER as backbone"
-            ) from error
-        if pretrained and model.num_classes != model.pretrained_cfg.get("num_classes"):
+        with trained_weights(h["backbone"]) if pretrained else nullcontext():
+            model: Any = self._built(pretrained)
+        if pretrained and not self.network and model.num_classes != model.pretrained_cfg.get("num_classes"):
             for head in _heads(model):  # some of timm's start with logits so large that unlearning them takes epochs
                 if isinstance(head, (nn.Linear, nn.Conv2d)):
                     nn.init.trunc_normal_(head.weight, std=0.01)
@@ -199,12 +185,13 @@ class Classification(pl.LightningModule):
             else MulticlassStatScores(self.num_classes, average=None)
         )
 
-    def expects(self) -> Preprocess | None:
-        """Return what the trained weights of the backbone expect of an image; None where it starts with none."""
-        if not self.pretrained:
-            return None
-        with torch.device("meta"):  # only what it says of itself is asked, not its weights
-            return Preprocess.of(timm.create_model(self.hparams["backbone"], **(self.hparams["backbone_args"] or {})))
+    def _built(self, pretrained: bool) -> nn.Module:
+        name, options = self.hparams["backbone"], dict(self.hparams["backbone_args"])
+        if self.network is None:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        classes = options.pop("num_classes")
+        make: Any = self.network
+        return make(name, num_classes=classes, pretrained=pretrained, backbone_args=options)
 
     def _check_classes(self) -> None:
         for name, given in (("labels", self.labels), ("class_weights", self.hparams["class_weights"])):
@@ -236,7 +223,7 @@ class Classification(pl.LightningModule):
                 module.train()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)
@@ -265,27 +252,13 @@ class Classification(pl.LightningModule):
             return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), pos_weight=self.class_weights)
         return F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=smoothing)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if seed := os.environ.get("PL_GLOBAL_SEED"):  # so that a resumed run draws what an uninterrupted one would
-            place = (int(seed), self.current_epoch, batch_idx, self.global_rank)
-            drawn = [int(number) for number in np.random.SeedSequence(place).generate_state(2)]
-            torch.manual_seed(drawn[0])
-            np.random.seed(drawn[1])  # noqa: NPY002 - what timm's Mixup draws from
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
         images, targets = batch
         if self.mix and len(images) % 2 == 0:
             images, targets = self.mix(images, targets)
-        with _penalties(self.model) as penalties:
-            loss = self.loss(self(images), targets)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False)
-        if penalties:
-            penalty = torch.stack(list(penalties.values())).sum()
-            self.log("train/penalty", penalty)
-            loss = loss + self.hparams["penalty_factor"] * penalty
-        if not loss.isfinite():
-            raise RunError(f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})")
-        return loss
+        logits = self(images)
+        several = logits if isinstance(logits, tuple) else (logits,)
+        return torch.stack([self.loss(each, targets) for each in several]).sum()
 
     def on_train_epoch_end(self) -> None:
         inserted = getattr(self.model, "visattn", None)
@@ -328,145 +301,20 @@ class Classification(pl.LightningModule):
 
     # --- optimization -------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Any:
-        h = self.hparams
-        ours = {id(p) for i in insertions(self.model) for part in (i, i.attention) for p in part.parameters()}
-        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                decays = p.ndim > 1 and not name.endswith("bias") and name not in exempt
-                groups[id(p) in ours, decays].append(p)
-        optimizer = self.optimizer(
-            [{"params": params} | ({} if decays else {"weight_decay": 0.0}) for (_, decays), params in groups.items()]
-        )
-        for (inserted, _), group in zip(groups, optimizer.param_groups, strict=True):
-            if inserted:
-                group["lr"] *= h["attention_lr_factor"]
-        if self.schedule:
-            return LightningCLI.configure_optimizers(self, optimizer, self.schedule(optimizer))
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError(
-                "max_epochs or max_steps must be set: without schedule, the learning rate falls until the end"
-            )
-        schedule = LambdaLR(optimizer, partial(warmup_cosine, steps=int(steps), warmup=round(h["warmup"] * steps)))
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
     def described(self) -> dict[str, Any]:
         """What ``visattn.save`` is told beside the network."""
         task = "multi-label classification" if self.hparams["multi_label"] else "classification"
-        args = self.hparams["backbone_args"]
+        args = self.hparams["backbone_args"] if self.network is None else None
         return {"labels": self.labels, "transform": self.preprocess, "task": task, "model_args": args}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.description is None:
-            self.description = describe(self.model, **self.described)
-        checkpoint["visattn"] = self.description
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classification":
-        """Load as Lightning does; classes that are neither this package's nor torch's are given as options."""
-        held = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
-        known = {"attention": zoo, "optimizer": torch.optim, "schedule": torch.optim.lr_scheduler}
-        made = {name: _called(held[name], module, name) for name, module in known.items() if name not in kwargs}
-        return super().load_from_checkpoint(checkpoint_path, *args, **made | kwargs)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        theirs = checkpoint.get("hyper_parameters", {}).get("backbone")
-        if theirs is not None and theirs != self.hparams["backbone"]:
-            raise ValueError(f"the checkpoint holds backbone {theirs!r}, the model has {self.hparams['backbone']!r}")
-        mine, other = ({k: v.shape for k, v in d.items()} for d in (self.state_dict(), checkpoint["state_dict"]))
-        if different := sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)):
-            name = different[0]
-            shapes = [tuple(d[name]) if name in d else "absent" for d in (other, mine)]
-            raise ValueError(
-                f"the checkpoint holds another network than this {self.hparams['backbone']}: "
-                f"{name} is {shapes[0]} there and {shapes[1]} here ({len(different)} differ)"
-            )
-        block = checkpoint.get("visattn", {}).get("visattn", {})
-        if self.labels is not None and block.get("labels") is not None and list(self.labels) != block["labels"]:
-            there, here = next(pair for pair in zip(block["labels"], self.labels, strict=True) if pair[0] != pair[1])
-            raise ValueError(f"the checkpoint has other labels than the data: {there!r} where the data has {here!r}")
-        self.labels = self.labels or block.get("labels")
-        if self.preprocess is None and block.get("transform"):
-            self.preprocess = Preprocess(**block["transform"])
 
 
 def _heads(model: nn.Module) -> tuple[Any, ...]:
     """The classifiers of a backbone; some have one more for distillation."""
     head = model.get_classifier()  # type: ignore[operator]
     return tuple(head) if isinstance(head, (list, tuple)) else (head,)
-
-
-def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate: up linearly in ``warmup`` steps, then down a cosine to 0 at ``steps``.
-
-    Example:
-        >>> [round(warmup_cosine(step, steps=6, warmup=2), 2) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup))))
-
-
-@contextmanager
-def _penalties(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect, by name of the module, what modules with ``penalty`` say of the weights they find in a forward."""
-    found: dict[str, Tensor] = {}
-    watched = {n: m for n, m in model.named_modules() if isinstance(m, Attention) and hasattr(m, "penalty")}
-
-    def watching(name: str, module: Any) -> Callable[..., Any]:
-        def attend(*inputs: Any) -> Any:
-            weights = type(module).attend(module, *inputs)
-            found[name] = module.penalty(weights)
-            return weights
-
-        return attend
-
-    for name, module in watched.items():
-        module.__dict__["attend"] = watching(name, module)
-    try:
-        yield found
-        if missing := sorted(watched.keys() - found.keys()):
-            raise RunError(f"{missing[0]} has a penalty on its weights, but its forward does not call attend")
-    finally:
-        for module in watched.values():
-            del module.__dict__["attend"]
-
-
-def _named(make: Any, what: str) -> dict[str, Any]:
-    """Write a class, or ``functools.partial`` of one, in plain values, as a checkpoint may hold them."""
-    parts: list[Any] = [make]
-    options: dict[str, Any] = {}
-    while isinstance(parts[0], partial):
-        options = parts[0].keywords | options
-        parts = [parts[0].func, *parts[0].args]
-    cls = next((part for part in reversed(parts) if isinstance(part, type)), None)
-    if cls is None:
-        raise ValueError(
-            f"{what} must be a class or functools.partial of one, so that a checkpoint can name it, got {make!r}"
-        )
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(options)}
-
-
-def _called(named: Any, module: ModuleType, what: str) -> Any:
-    """Turn what :func:`_named` wrote into what it was. Nothing is imported because a checkpoint names it."""
-    if isinstance(named, list):
-        return [_called(one, module, what) for one in named]
-    if named is None:
-        return None
-    cls = getattr(module, named["class_path"].rpartition(".")[2], None)
-    if not isinstance(cls, type) or f"{cls.__module__}.{cls.__qualname__}" != named["class_path"]:
-        path = named["class_path"]
-        raise ValueError(
-            f"{what} {path!r} is not in {module.__name__}: give the class to load_from_checkpoint as {what}="
-        )
-    return partial(cls, **named["init_args"])
 
 
 def _report(counts: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:

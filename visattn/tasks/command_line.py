@@ -6,19 +6,21 @@ import re
 import shlex
 import sys
 import warnings
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from visattn import attention
-from visattn.data.images import Images
+from visattn import attention, models, tasks
 from visattn.data.transforms import Preprocess
-from visattn.tasks.classification import Classification
+from visattn.tasks import Task
 from visattn.tasks.run import (
     CHECKPOINTS,
     Best,
@@ -31,6 +33,7 @@ from visattn.tasks.run import (
     newest_checkpoint,
 )
 
+DEFAULT = "Classification"
 EXPECTED = (  # warnings of Lightning about what is meant to be so
     ".*overrides the configure_model",  # the averaged copy of the weights is not sharded
     ".*overridden `on_before_batch_transfer`",  # the task checks labels there, the data does nothing
@@ -50,7 +53,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line for a task.
+    """Lightning's command line for a task: the one that ``task`` names in the configuration or behind it.
 
     Each training has a folder, ``version_<n>`` in ``trainer.default_root_dir``, with ``config.yaml`` (resolved),
     ``metrics.csv``, ``checkpoints/`` and ``model/``. Resuming goes on in it, and what a test finds goes there too.
@@ -59,9 +62,10 @@ class CommandLine(LightningCLI):
     def __init__(self, args: list[str]):
         quiet = {"exit_on_error": False}  # raise, so that errors come out in one place
         self.args = args
+        self.task = task_of(with_packaged_configs(args))
         super().__init__(
-            Classification,
-            Images,
+            self.task,
+            self.task.data,
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -72,8 +76,9 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--task", default=DEFAULT, help=f"{', '.join(known_tasks())}, or the path of a class")
         parser.add_lightning_class_args(Best, "checkpoint")
-        defaults = {"filename": "best", "monitor": "val/top1", "mode": "max", "enable_version_counter": False}
+        defaults = {"filename": "best", "monitor": self.task.monitor, "mode": "max", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -152,6 +157,29 @@ def program() -> str:
     return f"python {shlex.quote(sys.argv[0])}" if file.suffix == ".py" else file.name
 
 
+def known_tasks() -> dict[str, type[Task]]:
+    found = {name: getattr(tasks, name) for name in tasks.__all__}
+    return {name: cls for name, cls in found.items() if issubclass(cls, Task) and cls is not Task}
+
+
+def task_of(args: list[str]) -> type[Task]:
+    """Find the task that arguments name, themselves or in configurations; the last one wins."""
+    name = DEFAULT
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, equals, value = arg.partition("=")
+        value = value if equals else following
+        if option == "--task":
+            name = value
+        elif option in ("--config", "-c"):
+            with suppress(OSError, ValueError, yaml.YAMLError):  # what is wrong with it is said when it is parsed
+                config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+                name = config.get("task", name) if isinstance(config, dict) else name
+    cls = known_tasks().get(name) or (locate(name) if "." in str(name) else None)
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise ValueError(f"task must be {', '.join(known_tasks())}, or the path of a class of that kind, got {name!r}")
+    return cls
+
+
 def with_packaged_configs(args: list[str]) -> list[str]:
     """Replace the bare names of packaged configurations by their paths, where no such file lies in the folder."""
     folders = [Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"]  # a wheel, a source tree
@@ -198,7 +226,11 @@ def one_line(error: Exception) -> str:
     if option := re.search(r"Option '(\w+)' is not accepted.*?class_path='([\w.]+)'", text):
         return f"{said} {option[2].rpartition('.')[2]} has no option {option[1]!r}"
     if name := re.search(r"dot import path string: (\w+)|has no attribute '(\w+)'", text):
-        known = attention.__all__ if key[1].endswith("attention") else []
+        families = {
+            "attention": attention.__all__,
+            "network": [name for name in models.__all__ if name != "SiameseNetwork"],
+        }
+        known = families.get(key[1].rpartition(".")[2], [])
         close = get_close_matches(name[1] or name[2], known) or known
         return f"{said} there is no {name[1] or name[2]!r}" + (f", but {', '.join(close)}" if close else "")
     if reason := re.search(r"callable class: (.*?)\. Got value: Namespace", text):

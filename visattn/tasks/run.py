@@ -88,7 +88,7 @@ class Best(ModelCheckpoint):
     """Keeps the best state, by default of top-1, or of the mean precision where an image has many labels."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.monitor == "val/top1" and pl_module.hparams["multi_label"]:
+        if self.monitor == "val/top1" and pl_module.hparams.get("multi_label"):
             self.monitor = "val/mAP"
 
 

@@ -1,0 +1,285 @@
+"""What all tasks have in common: optimisation, steps that can be repeated, checkpoints that name but never run."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cached_property, partial
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pytorch_lightning as pl
+import timm
+import torch
+from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from visattn.attention import Attention
+from visattn.checkpoint import describe
+from visattn.data.transforms import Preprocess
+from visattn.surgery import insertions
+from visattn.tasks.run import RunError
+
+
+class Task(pl.LightningModule):
+    """A network, ``model``, that a subclass builds in ``configure_model``, and what it is trained for.
+
+    A subclass saves its arguments as hyperparameters, among them ``warmup`` and, where it has a ``backbone``, also
+    ``backbone_args``. It writes :meth:`training_loss`, Lightning's other steps, and :attr:`described`.
+
+    Without ``schedule``, the learning rate rises linearly during the first part of all steps and falls to zero along a
+    cosine. Norms, biases and gates have no weight decay.
+
+    Args:
+        optimizer: An optimizer with its options.
+        schedule: A schedule of torch with its options, stepped after every epoch.
+        pretrained: Whether the network starts with trained weights.
+    """
+
+    data: ClassVar[type[pl.LightningDataModule]]
+    """What the command line trains it on."""
+    monitor: ClassVar[str]
+    """The metric of which the command line keeps the best, greatest, state."""
+    classes: ClassVar[dict[str, ModuleType]] = {"optimizer": torch.optim, "schedule": torch.optim.lr_scheduler}
+    """Arguments that are classes, and where a checkpoint may take them from."""
+
+    model: Any
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None,
+        pretrained: bool,
+    ):
+        super().__init__()
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.pretrained = pretrained
+        self.labels: list[str] | None = None
+        self.preprocess: Preprocess | None = None
+        self.description: dict[str, Any] | None = None
+
+    def remember(self, **options: Any) -> None:
+        """Note how to optimise, and what else is a class, in the hyperparameters, as a checkpoint may hold it."""
+        classes = options | {"optimizer": self.optimizer, "schedule": self.schedule}
+        self.hparams.update({name: _named(make, name) for name, make in classes.items()})
+
+    def expects(self) -> Preprocess | None:
+        """Return what the trained weights of the backbone expect of an image; None where it starts with none."""
+        if not self.pretrained:
+            return None
+        with torch.device("meta"):  # only what it says of itself is asked, not its weights
+            return Preprocess.of(timm.create_model(self.hparams["backbone"], **(self.hparams["backbone_args"] or {})))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        epochs = self.trainer.max_epochs or -1  # -1 where steps are counted
+        for module in self.model.modules():
+            if hasattr(module, "anneal"):  # over the first 10 epochs, or half of a shorter run
+                module.anneal(self.current_epoch / (min(10, epochs / 2) if epochs > 0 else 10))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if seed := os.environ.get("PL_GLOBAL_SEED"):  # so that a resumed run draws what an uninterrupted one would
+            place = (int(seed), self.current_epoch, batch_idx, self.global_rank)
+            drawn = [int(number) for number in np.random.SeedSequence(place).generate_state(2)]
+            torch.manual_seed(drawn[0])
+            np.random.seed(drawn[1])  # noqa: NPY002 - what timm's Mixup draws from
+
+    @cached_property
+    def penalised(self) -> dict[str, "Penalised"]:
+        """What collects the penalties, by the names of the modules; the same in every step, as compilers want it."""
+        found = {n: m for n, m in self.model.named_modules() if isinstance(m, Attention) and hasattr(m, "penalty")}
+        names = {n: n.removeprefix("visattn.").removesuffix(".attention").replace("__", ".") for n in found}
+        return {names[n]: Penalised(module) for n, module in found.items()}
+
+    def training_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with _penalties(self.penalised) as penalties:
+            loss = self.training_loss(batch)
+        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+        if penalties:
+            penalty = torch.stack(list(penalties.values())).sum()
+            self.log("train/penalty", penalty)
+            self.log_dict({f"penalty/{name}": value for name, value in penalties.items()})
+            loss = loss + self.hparams.get("penalty_factor", 1.0) * penalty
+        if not loss.isfinite():
+            raise RunError(f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})")
+        return loss
+
+    # --- optimization -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        ours = {id(p) for i in insertions(self.model) for part in (i, i.attention) for p in part.parameters()}
+        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                decays = p.ndim > 1 and not name.endswith("bias") and name not in exempt
+                groups[id(p) in ours, decays].append(p)
+        optimizer = self.optimizer(
+            [{"params": params} | ({} if decays else {"weight_decay": 0.0}) for (_, decays), params in groups.items()]
+        )
+        for (inserted, _), group in zip(groups, optimizer.param_groups, strict=True):
+            if inserted:
+                group["lr"] *= self.hparams.get("attention_lr_factor", 1.0)
+        if self.schedule:
+            return LightningCLI.configure_optimizers(self, optimizer, self.schedule(optimizer))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "max_epochs or max_steps must be set: without schedule, the learning rate falls until the end"
+            )
+        warmup = round(self.hparams["warmup"] * steps)
+        schedule = LambdaLR(optimizer, partial(warmup_cosine, steps=int(steps), warmup=warmup))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What ``visattn.save`` is told beside the network."""
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.description is None:
+            self.description = describe(self.model, **self.described)
+        checkpoint["visattn"] = self.description
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as Lightning does; classes that are neither this package's nor torch's are given as options."""
+        held = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        made = {
+            name: _called(held.get(name), module, name) for name, module in cls.classes.items() if name not in kwargs
+        }
+        return super().load_from_checkpoint(checkpoint_path, *args, **made | kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs, backbone = (h.get("backbone") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
+        if theirs is not None and theirs != backbone:
+            raise ValueError(f"the checkpoint holds backbone {theirs!r}, the model has {backbone!r}")
+        mine, other = ({k: v.shape for k, v in d.items()} for d in (self.state_dict(), checkpoint["state_dict"]))
+        if different := sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)):
+            name = different[0]
+            shapes = [tuple(d[name]) if name in d else "absent" for d in (other, mine)]
+            raise ValueError(
+                f"the checkpoint holds another network than this {backbone or type(self.model).__name__}: "
+                f"{name} is {shapes[0]} there and {shapes[1]} here ({len(different)} differ)"
+            )
+        block = checkpoint.get("visattn", {}).get("visattn", {})
+        if self.labels is not None and block.get("labels") is not None and list(self.labels) != block["labels"]:
+            there, here = next(pair for pair in zip(block["labels"], self.labels, strict=True) if pair[0] != pair[1])
+            raise ValueError(f"the checkpoint has other labels than the data: {there!r} where the data has {here!r}")
+        self.labels = self.labels or block.get("labels")
+        if self.preprocess is None and block.get("transform"):
+            self.preprocess = Preprocess(**block["transform"])
+
+
+def known_to_timm(backbone: str) -> None:
+    """Raise a ``ValueError`` that names what is close, if timm knows no such backbone."""
+    if ":" not in backbone and not timm.is_model(backbone.partition(".")[0]):
+        close = ", ".join(get_close_matches(backbone, timm.list_models(), n=3))
+        hint = f"close: {close}" if close else "timm.list_models() lists the names"
+        raise ValueError(f"backbone {backbone!r} is not known to timm; {hint}")
+
+
+@contextmanager
+def trained_weights(backbone: str) -> Iterator[None]:
+    """Say in words why the trained weights of a backbone cannot be had."""
+    config = timm.get_pretrained_cfg(backbone) if ":" not in backbone else None
+    if config and not config.has_weights:
+        raise ValueError(f"pretrained must be false for backbone {backbone!r}: timm has no weights of it")
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the trained weights of backbone {backbone!r} cannot be had ({str(error).splitlines()[0]}); "
+            f"without a network give pretrained=false, or local-dir:FOLDER as backbone"
+        ) from error
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate: up linearly in ``warmup`` steps, then down a cosine to 0 at ``steps``.
+
+    Example:
+        >>> [round(warmup_cosine(step, steps=6, warmup=2), 2) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup))))
+
+
+class Penalised:
+    """Stands before the ``attend`` of a module in a step of training, and sums its penalties on what that returns."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        self.penalty: Tensor | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        weights = type(self.module).attend(self.module, *inputs)
+        penalty = self.module.penalty(weights)
+        self.penalty = penalty if self.penalty is None else self.penalty + penalty
+        return weights
+
+
+@contextmanager
+def _penalties(penalised: dict[str, Penalised]) -> Iterator[dict[str, Tensor]]:
+    """Collect, by name of the module, what modules with ``penalty`` say of the weights they find in a forward."""
+    found: dict[str, Tensor] = {}
+    for each in penalised.values():
+        each.module.__dict__["attend"] = each
+    try:
+        yield found
+        for name, each in penalised.items():
+            if each.penalty is None:
+                raise RunError(f"{name} has a penalty on its weights, but its forward does not call attend")
+            found[name] = each.penalty
+    finally:
+        for each in penalised.values():
+            del each.module.__dict__["attend"]
+            each.penalty = None
+
+
+def _named(make: Any, what: str) -> Any:
+    """Write a class, or ``functools.partial`` of one, or several, in plain values, as a checkpoint may hold them."""
+    if isinstance(make, list):
+        return [_named(one, what) for one in make]
+    if make is None:
+        return None
+    parts: list[Any] = [make]
+    options: dict[str, Any] = {}
+    while isinstance(parts[0], partial):
+        options = parts[0].keywords | options
+        parts = [parts[0].func, *parts[0].args]
+    cls = next((part for part in reversed(parts) if isinstance(part, type)), None)
+    if cls is None:
+        raise ValueError(
+            f"{what} must be a class or functools.partial of one, so that a checkpoint can name it, got {make!r}"
+        )
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(options)}
+
+
+def _called(named: Any, module: ModuleType, what: str) -> Any:
+    """Turn what :func:`_named` wrote into what it was. Nothing is imported because a checkpoint names it."""
+    if isinstance(named, list):
+        return [_called(one, module, what) for one in named]
+    if named is None:
+        return None
+    cls = getattr(module, named["class_path"].rpartition(".")[2], None)
+    if not isinstance(cls, type) or f"{cls.__module__}.{cls.__qualname__}" != named["class_path"]:
+        path = named["class_path"]
+        raise ValueError(
+            f"{what} {path!r} is not in {module.__name__}: give the class to load_from_checkpoint as {what}="
+        )
+    return partial(cls, **named["init_args"])
