@@ -318,9 +318,7 @@ def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -
         raise SurgeryError(f"no module is named {site.name!r} in {type(model).__name__}") from error
     name = type(attention).__name__
     if site.side == "instead":
-        kind = module.replaces if isinstance(module, Attention) else _kind(module)
-        if attention.replaces != kind:
-            raise SurgeryError(f"{name} does not take the place of a {kind}, as at {site.name}")
+        _refuse_another_kind(type(attention), module, site)
     elif attention.replaces == "pool":
         raise SurgeryError(f'{name} takes the place of a pool: at must be "pool", got a site at {site.name}')
     inserted = Inserted(attention, site, gated=gated)
@@ -345,6 +343,12 @@ def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -
 def _kind(module: nn.Module) -> Literal["convolution", "pool"]:
     """What is replaced where a module at an ``"instead"`` site is."""
     return "convolution" if isinstance(module, nn.Conv2d) else "pool"
+
+
+def _refuse_another_kind(cls: type[Attention], module: nn.Module, site: Site) -> None:
+    kind = module.replaces if isinstance(module, Attention) else _kind(module)
+    if cls.replaces != kind:
+        raise SurgeryError(f"{cls.__name__} does not take the place of a {kind}, as at {site.name}")
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -430,6 +434,8 @@ def _make_for(make: Callable[..., Attention], cls: type[Attention] | None, model
         known["out_channels"] = site.channels
     given: dict[str, Any] = {}
     if cls is not None:
+        if site.side == "instead":
+            _refuse_another_kind(cls, module, site)
         named = inspect.signature(cls).parameters
         bound = make.keywords if isinstance(make, functools.partial) else {}
         unset = {"stride": 1}  # and None for all others: what a command line binds where nothing is given

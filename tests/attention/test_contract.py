@@ -192,6 +192,15 @@ def test_is_finite_in_bf16_and_keeps_the_input_s_dtype(case, dtype, autocast, tr
     assert all(y.isfinite().all() for y in several)
 
 
+class OfTwo(nn.Module):
+    def __init__(self, module: Attention):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.module(x, y)
+
+
 class PlainNorm(nn.BatchNorm2d):
     """Batch norm in eval as its equation reads."""
 
@@ -291,11 +300,10 @@ def test_compiles_without_a_break(case, training, unchecked):
 
 @every_case_in_time
 def test_exports_with_dynamic_batch_and_size(case, unchecked):
-    module = nn.Sequential(case.lively()) if case.inputs == 1 else case.lively()  # whose forward names its argument
+    module = (nn.Sequential if case.inputs == 1 else OfTwo)(case.lively())  # whose forward names its arguments
     axes = (0,) if case.fixed else (0, *range(2, 2 + len(case.grid)))
     free = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in range(case.inputs))
-    shapes = free if case.inputs == 1 else (free,)
-    program = torch.export.export(module, case.input(), dynamic_shapes=shapes, strict=False).module()
+    program = torch.export.export(module, case.input(), dynamic_shapes=free, strict=False).module()
     for batch, scale in ((3, 2), (1, 3)):
         grid = case.grid if case.fixed else [scale * side + 1 for side in case.grid]
         x = case.input(batch, grid=grid)

@@ -159,7 +159,7 @@ def test_the_configuration_says_which_task_is_run(tmp_path, monkeypatch):
     run_cli(shlex.split(f"fit {FEW}"))
     run = Path("runs/pairs_fashionmnist/version_0")
     assert yaml.safe_load((run / "config.yaml").read_text())["task"] == "Verification"
-    assert visattn.load(run / "model").arguments["attention"] == "ABCNN-3"
+    assert visattn.load(run / "model").arguments["attention"] == "ABCNN-2"
     assert (run / "checkpoints/best.ckpt").is_file()
     run_cli(shlex.split(f"test {FEW} --ckpt_path best"))
     run_cli(shlex.split(f"predict {FEW} --ckpt_path best"))

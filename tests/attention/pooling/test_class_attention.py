@@ -20,6 +20,7 @@ CASES = [
         # all layers are applied to one vector; eight heads read 36 tokens, twice
         macs=lambda c, h, w: 2 * (4 * c * c + 2 * 8 * (h * w + 1) * c + 8 * c * c),
         sums_to_one=-1,
+        small=8,
     ),
     Case(
         ClassAttention,
@@ -28,6 +29,7 @@ CASES = [
         (50_240, 790_784),
         macs=lambda c, h, w: 4 * c * c + 2 * 2 * (h * w + 1) * c + 8 * c * c,
         sums_to_one=-1,
+        small=8,
     ),
 ]
 
