@@ -16,8 +16,8 @@ class DynamicConvolution(Attention):
         \quad \pi = \operatorname{softmax}_k\bigl(V\, \mathrm{ReLU}(U\, \mathrm{mean}_{hw}(x)) / \tau\bigr)
 
     A high temperature :math:`\tau` lets all kernels learn at first. The paper trains with 30, lowered in a straight
-    line to 1 over the first 10 epochs: call :meth:`anneal` with ``epoch / 10`` as each of them begins. Left at 30, the
-    kernels are mixed nearly alike for ever. The temperature is saved with the weights.
+    line to 1 over the first 10 epochs: call :meth:`anneal` with ``epoch / 10`` as each of them begins, as the tasks do
+    by themselves. Left at 30, the kernels are mixed nearly alike for ever. The temperature is saved with the weights.
 
     Between :math:`U`, without biases, and :math:`V` are :math:`\lfloor c / r \rfloor + 1` features, as in public code;
     the paper writes :math:`c / r`. Our squeeze and choose are :math:`U` and :math:`V`.
