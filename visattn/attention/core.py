@@ -6,6 +6,7 @@ operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def positions_first(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n b c"]:
     if x.shape[0] == 1 and not torch.compiler.is_compiling():
         return x[0].flatten(1).mT[:, None]
     return x.flatten(2).permute(2, 0, 1)
+
+
+def uncast(device: torch.device) -> AbstractContextManager[object]:
+    """Leave autocast, where it is on: products of queries and keys overflow in float16 and are coarse in bfloat16."""
+    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
 
 
 def softmax(logits: Tensor, dim: int = -1) -> Tensor:

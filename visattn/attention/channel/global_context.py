@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from visattn.attention.base import Attention
 from visattn.attention.channel.core import quick, scale
-from visattn.attention.core import differentiable
+from visattn.attention.core import differentiable, softmax
 
 
 class SimplifiedNonLocal(Attention):
@@ -125,8 +125,7 @@ def attend(x: Float[Tensor, "b c h w"], weight: Tensor, bias: Tensor | None) -> 
     logits = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2))
     if bias is not None:
         logits = logits + bias
-    weights = logits.to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
-    return weights.to(x.dtype).view(x.shape[0], 1, *x.shape[2:])
+    return softmax(logits).to(x.dtype).view(x.shape[0], 1, *x.shape[2:])
 
 
 def read(x: Float[Tensor, "b c h w"], weights: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b c"]:

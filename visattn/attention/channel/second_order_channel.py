@@ -1,13 +1,12 @@
 """Dai, Cai, Zhang, Xia, Zhang: Second-order Attention Network for Single Image Super-Resolution (CVPR 2019)."""
 
-from contextlib import nullcontext
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Attention
 from visattn.attention.channel.core import scale
+from visattn.attention.core import uncast
 
 
 class SecondOrderChannelAttention(Attention):
@@ -50,9 +49,8 @@ class SecondOrderChannelAttention(Attention):
         self.excite = nn.Linear(channels // reduction, channels)
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
-        device, channels = x.device.type, x.shape[1]
-        lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if lowered else nullcontext():
+        channels = x.shape[1]
+        with uncast(x.device):
             apart = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
             apart = apart - apart.mean(2, keepdim=True)
             covariance = torch.bmm(apart, apart.mT) / apart.shape[2]

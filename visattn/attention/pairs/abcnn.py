@@ -1,6 +1,5 @@
 """Yin, Schütze, Xiang, Zhou: ABCNN: Attention-Based Convolutional Neural Network for Modeling Sentence Pairs (2016)."""
 
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import uncast
 
 
 def match(x: Float[Tensor, "b c n"], y: Float[Tensor, "b c m"]) -> Float[Tensor, "b n m"]:
@@ -17,13 +17,12 @@ def match(x: Float[Tensor, "b c n"], y: Float[Tensor, "b c m"]) -> Float[Tensor,
     On a CPU the distances come out of one matrix product, several times faster than pair by pair; what is equal up to
     its rounding counts as equal, and has no gradient. On a GPU such products may be rounded to ten bits.
     """
-    dtype, device = torch.promote_types(x.dtype, torch.float32), x.device.type
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     x, y, narrow = x.to(dtype), y.to(dtype), x.dtype
-    if device != "cpu":
+    if x.device.type != "cpu":
         distance = torch.cdist(x.mT, y.mT, compute_mode="donot_use_mm_for_euclid_dist")
         return (1 / (1 + distance)).to(narrow)
-    with torch.autocast(device, enabled=False) if lowered else nullcontext():
+    with uncast(x.device):
         squares = x.square().sum(1)[:, :, None] + y.square().sum(1)[:, None]
         square = torch.baddbmm(squares, x.mT, y, alpha=-2)
     equal = square <= 16 * torch.finfo(dtype).eps * squares

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import uncast
 from visattn.attention.pairwise import core
-from visattn.attention.pairwise.core import Softmax, read, uncast
+from visattn.attention.pairwise.core import Softmax, read
 
 
 def area_sums(x: Float[Tensor, "*b h w"], area: tuple[int, int]) -> Float[Tensor, "*b areas"]:

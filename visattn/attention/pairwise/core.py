@@ -1,11 +1,11 @@
 """What every position reads from every other: three affinities, each as a matrix and without one."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from visattn.attention.core import uncast
 
 SMALL = 2**22
 """Weights of a batch up to which the CPU is faster with the matrix than without it: 16 MiB in float32."""
@@ -23,12 +23,6 @@ def halve(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *half"]:
 def read(value: Float[Tensor, "b m e"], weights: Float[Tensor, "b n m"]) -> Float[Tensor, "b n e"]:
     """Sum the values by their weights, in the layout of a map: features outside, positions inside."""
     return torch.bmm(value.mT, weights.mT).mT
-
-
-def uncast(device: torch.device) -> AbstractContextManager[object]:
-    """Leave autocast, where it is on: products of queries and keys overflow in float16 and are coarse in bfloat16."""
-    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
 
 
 class Softmax(nn.Module):

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.pairwise.core import read, uncast
+from visattn.attention.core import uncast
+from visattn.attention.pairwise.core import read
 
 
 class CrissCrossAttention(Attention):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.pairwise.core import Softmax, read, uncast
+from visattn.attention.core import uncast
+from visattn.attention.pairwise.core import Softmax, read
 
 
 class PositionAttention(Attention):

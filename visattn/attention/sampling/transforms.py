@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.pairwise.core import uncast
+from visattn.attention.core import uncast
 from visattn.attention.sampling.grids import arrange, centres, combine, product
 
 HORIZON = 1e-3
