@@ -254,25 +254,23 @@ def main() -> None:
     rows = [json.loads(line) for line in args.save.read_text().splitlines()] if args.save and args.save.exists() else []
     rows = [row for row in rows if row["compiled"] == args.compiled and row["module"] in args.only]
     done = {(row["module"], row["counterpart"], tuple(row["size"])) for row in rows}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = []
-        for name in args.only:
-            for against in counterparts(name):
-                for size in dict.fromkeys(fitting(zoo()[name], size, against) for size in sizes):
-                    if size[0] and (name, against, size) not in done:
-                        jobs.append(
-                            ((name, against, size), pool.submit(row, name, against, size, args.compiled, args.rounds))
-                        )
-        for what, job in jobs:
-            try:
-                rows.append(job.result())
-            except Exception as error:  # one that cannot be measured leaves the others
-                print(*what, type(error).__name__, error, file=sys.stderr, flush=True)
-                continue
-            if args.save:
-                with args.save.open("a") as file:
-                    print(json.dumps(rows[-1]), file=file)
-            print(*what, rows[-1]["forward"][0][0], rows[-1]["both"][0][0], file=sys.stderr, flush=True)
+    for name in args.only:
+        for against in counterparts(name):
+            for size in dict.fromkeys(fitting(zoo()[name], size, against) for size in sizes):
+                if not size[0] or (name, against, size) in done:
+                    continue
+                try:  # in a process of its own, whose end for want of memory leaves the others
+                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                        rows.append(pool.submit(row, name, against, size, args.compiled, args.rounds).result())
+                except Exception as error:  # one that cannot be measured
+                    print(name, against, size, type(error).__name__, error, file=sys.stderr, flush=True)
+                    continue
+                if args.save:
+                    with args.save.open("a") as file:
+                        print(json.dumps(rows[-1]), file=file)
+                print(
+                    name, against, size, rows[-1]["forward"][0][0], rows[-1]["both"][0][0], file=sys.stderr, flush=True
+                )
     order = {name: number for number, name in enumerate(zoo())}
     rows.sort(key=lambda row: order[row["module"]])
     print("\n".join(table(rows, args.compiled)))

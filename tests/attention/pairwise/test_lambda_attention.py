@@ -12,13 +12,21 @@ from tests.attention.case import Case
 from visattn import LambdaAttention, insert
 
 
-def parameters(c: int, taps: int) -> int:
-    return c * (4 * 16 + 16 + c // 4) + 2 * 4 * 16 + 2 * c // 4 + taps * 16
+def parameters(c: int, taps: int, heads: int = 4) -> int:
+    return c * (heads * 16 + 16 + c // heads) + 2 * heads * 16 + 2 * c // heads + taps * 16
 
 
-def macs(c: int, h: int, w: int, seen: int) -> int:
+def lambdas(c: int, h: int, w: int, seen: int, heads: int) -> int:
     """Projections, content, positions that each position sees, and one product with the sum of both matrices."""
-    return h * w * (c * (4 * 16 + 16 + c // 4) + 16 * c // 4 + seen * 16 * c // 4 + 16 * c)
+    return h * w * (c * (heads * 16 + 16 + c // heads) + (1 + seen) * 16 * c // heads + 16 * c)
+
+
+def weights(c: int, h: int, w: int) -> int:
+    """Projections; for each pair in each of four heads its content, its position and what is read.
+
+    So it goes where the weights of a position are no more numbers than its matrix.
+    """
+    return h * w * (c * (4 * 16 + 16 + c // 4) + h * w * (4 * (16 + 16) + c))
 
 
 CASES = [
@@ -27,16 +35,16 @@ CASES = [
         {"scope": 9},
         lambda c: parameters(c, 9 * 9),
         (7600, 38_416),
-        macs=lambda c, h, w: macs(c, h, w, h * w),  # a map of fewer positions than the scope is seen whole
+        macs=weights,
         norm_over="positions",
         small=8,
     ),
     Case(
         LambdaAttention,
-        {"scope": 3},
-        lambda c: parameters(c, 3 * 3),
-        (6448, 37_264),
-        macs=lambda c, h, w: macs(c, h, w, 9),
+        {"scope": 3, "heads": 8},
+        lambda c: parameters(c, 3 * 3, 8),
+        (10144, 45_520),
+        macs=lambda c, h, w: lambdas(c, h, w, 9, 8),
         norm_over="positions",
         small=8,
     ),
@@ -45,7 +53,7 @@ CASES = [
         {"scope": None, "size": (5, 7)},
         lambda c: parameters(c, 9 * 13),
         (8176, 38_992),
-        macs=lambda c, h, w: macs(c, h, w, h * w),
+        macs=weights,
         norm_over="positions",
         small=8,
     ),
@@ -54,7 +62,8 @@ CASES = [
 
 def lively(scope: int | None = 3, size: tuple[int, int] = (3, 5), **options: object) -> LambdaAttention:
     """In eval mode and double precision, with nothing zero and no statistics those of a fresh norm."""
-    module = LambdaAttention(8, heads=2, width=3, scope=scope, size=size, **options).double().eval()
+    options = {"heads": 2, "width": 3} | options
+    module = LambdaAttention(8, scope=scope, size=size, **options).double().eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     for norm in (module.query_norm, module.value_norm):
@@ -130,19 +139,30 @@ def test_has_the_parameters_of_timm_but_for_its_bias(scope, bias, counts):
 
 
 @pytest.mark.parametrize(("scope", "cost"), [(9, 25_288_704), (None, 48_369_664)])
-def test_costs_what_the_paper_says_less_one_product_where_both_matrices_are_summed_first(scope, cost):
+def test_costs_what_the_paper_says_less_one_product_where_both_matrices_are_summed_first(scope, cost, monkeypatch):
     module = LambdaAttention(256, scope=scope, size=(14, 14)).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.randn(1, 256, 14, 14))
-    assert counter.get_total_flops() // 2 == cost - 196 * 16 * 256
 
+    def count() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(torch.randn(1, 256, 14, 14))
+        return counter.get_total_flops() // 2
 
-@pytest.mark.parametrize("scope", [3, 5])
-def test_is_the_same_below_and_above_the_size_of_its_scope(scope, monkeypatch):
-    module, x = lively(scope), torch.randn(2, 8, 3, 5).double()
-    small = module(x)
+    assert count() == weights(256, 14, 14) < cost  # on a map so small, by weights
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(module(x), small, rtol=0, atol=1e-12)
+    assert count() == cost - 196 * 16 * 256
+
+
+@pytest.mark.parametrize(("heads", "batch", "calls"), [(1, 1, 0), (2, 16, 0), (2, 2, 1)])
+def test_is_the_same_by_weights_by_one_product_and_by_a_convolution(heads, batch, calls, monkeypatch):
+    module, x = lively(5, heads=heads, width=4), torch.randn(batch, 8, 3, 5).double()
+    found, convolve = [], nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, "conv2d", lambda *a, **k: found.append(k) or convolve(*a, **k))
+    chosen = module(x)
+    assert sum("padding" in options for options in found) == calls
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(module(x), chosen, rtol=0, atol=1e-12)
+    assert "padding" in found[-1]
+    torch.testing.assert_close(module.read(x, weights=module.attend(x)), chosen, rtol=0, atol=1e-12)
 
 
 def test_keys_sum_to_one_over_positions_and_not_over_features():

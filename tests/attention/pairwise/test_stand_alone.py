@@ -11,12 +11,14 @@ from visattn import StandAloneSelfAttention
 
 
 def macs(c: int, h: int, w: int, window: int) -> int:
-    """Three projections, two of them of the zeros beyond the border too; blocks of window + 1 queries a side.
+    """Three projections, two of them of the zeros beyond the border too; blocks of up to window + 1 queries a side.
 
     The paper's formula counts the k² pairs of a query, here a block reads the union of its windows.
     """
-    queries, keys = math.prod(-(-side // (window + 1)) * (window + 1) for side in (h, w)), 2 * window
-    return (3 * h * w + 2) * c * c + queries * (2 * keys * keys + keys) * c
+    blocks = [math.ceil(side / math.ceil(side / (window + 1))) for side in (h, w)]
+    queries = math.prod(math.ceil(side / block) * block for side, block in zip((h, w), blocks, strict=True))
+    rows, columns = (block + window - 1 for block in blocks)
+    return (3 * h * w + 2) * c * c + queries * (4 * rows * columns + rows + columns) * c // 2
 
 
 CASES = [
@@ -137,6 +139,25 @@ def test_a_stride_takes_means_and_has_the_size_of_a_convolution(stride, size):
     corner = full[:, :, i * stride :, j * stride :].mean((2, 3))
     torch.testing.assert_close(y[:, :, i, j], corner, rtol=0, atol=1e-12)
     torch.testing.assert_close(y, module.read(x, weights=module.attend(x)), rtol=0, atol=1e-12)
+
+
+def test_what_fills_up_a_block_reaches_something_or_its_weights_have_no_gradient():
+    module, x = lively(StandAloneSelfAttention(16, window=3, border="mask")), torch.randn(1, 16, 5, 7).double()
+    gradients = []
+    for y in (module(x), module.read(x, weights=module.attend(x))):
+        gradients.append(torch.autograd.grad(y.square().sum(), list(module.parameters())))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@either_border
+def test_reads_the_same_with_gradients_and_without(border):
+    module = lively(StandAloneSelfAttention(16, window=3, border=border), 0.3)
+    x = torch.randn(2, 16, 9, 10, dtype=torch.double)
+    y = module(x)
+    assert y.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), y, rtol=0, atol=1e-12)
 
 
 def test_makes_no_matrix_of_all_pairs():

@@ -3,14 +3,11 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from visattn.attention.base import Attention
-from visattn.attention.pairwise.core import read
-from visattn.attention.pairwise.positions import RelativeSoftmax
+from visattn.attention.pairwise.relative import _RelativeSelfAttention
 
 
-class AttentionAugmentedConvolution(Attention):
+class AttentionAugmentedConvolution(_RelativeSelfAttention):
     r"""A convolution of which some channels come from attention between all positions instead.
 
     .. math::
@@ -43,8 +40,6 @@ class AttentionAugmentedConvolution(Attention):
 
     paper = "arXiv:1904.09925"
     place = "stages[1:].convolutions"
-    replaces = "convolution"
-    queried = True
 
     def __init__(
         self,
@@ -58,13 +53,9 @@ class AttentionAugmentedConvolution(Attention):
         key_ratio: float = 0.2,
         value_ratio: float = 0.1,
     ):
-        super().__init__()
         out_channels = channels if out_channels is None else out_channels
-        if size is None:
-            raise ValueError("size must be the (height, width) of the feature map, got None")
-        for name, number in (("stride", stride), ("heads", heads)):
-            if number < 1:
-                raise ValueError(f"{name} must be positive, got {number}")
+        if heads < 1:
+            raise ValueError(f"heads must be positive, got {heads}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
         width = max(int(key_ratio * out_channels) // heads, 20)
@@ -74,33 +65,11 @@ class AttentionAugmentedConvolution(Attention):
                 f"value_ratio must leave some of out_channels={out_channels} to {heads} heads and some to the "
                 f"convolution, got {value_ratio}"
             )
-        self.size, self.stride, self.heads = size, stride, heads
+        super().__init__(channels, size=size, stride=stride, heads=heads, width=width, values=values)
         self.convolution = nn.Conv2d(
             channels, out_channels - values, kernel_size, stride, padding=kernel_size // 2, bias=False
         )
-        self.query = nn.Conv2d(channels, heads * width, 1, bias=False)
-        self.key = nn.Conv2d(channels, heads * width, 1, bias=False)
-        self.value = nn.Conv2d(channels, values, 1, bias=False)
         self.out = nn.Conv2d(values, values, 1, bias=False)
-        self.affinity = RelativeSoftmax(width, size)
-
-    def attend(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads n m"]:
-        weights = self.affinity.weights(self._heads(x, self.query), self._heads(x, self.key))
-        return weights.unflatten(0, (-1, self.heads))
-
-    def read(self, x: Float[Tensor, "b c h w"], *, weights: Float[Tensor, "b heads n m"]) -> Float[Tensor, "b o h2 w2"]:
-        return self._write(x, read(self._heads(x, self.value), weights.flatten(0, 1)))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
-        query, key, value = (self._heads(x, layer) for layer in (self.query, self.key, self.value))
-        return self._write(x, self.affinity.read(query, key, value))
-
-    def _heads(self, x: Float[Tensor, "b c h w"], project: nn.Module) -> Float[Tensor, "bh n d"]:
-        if x.shape[2:] != self.size:
-            raise ValueError(f"size must be {self.size} as constructed, got {tuple(x.shape[2:])}")
-        return project(x).flatten(2).unflatten(1, (self.heads, -1)).flatten(0, 1).mT
 
     def _write(self, x: Float[Tensor, "b c h w"], y: Float[Tensor, "bh n d"]) -> Float[Tensor, "b o h2 w2"]:
-        y = self.out(y.mT.unflatten(0, (-1, self.heads)).flatten(1, 2).contiguous().unflatten(2, x.shape[2:]))
-        y = y if self.stride == 1 else F.avg_pool2d(y, self.stride, ceil_mode=True)
-        return torch.cat((self.convolution(x), y), 1).to(x.dtype)
+        return torch.cat((self.convolution(x), self.out(super()._write(x, y))), 1).to(x.dtype)

@@ -60,14 +60,16 @@ class HaloAttention(_WindowedSelfAttention):
             raise ValueError(f"block must be positive, got {block}")
         if halo < 0:
             raise ValueError(f"halo must not be negative, got {halo}")
-        super().__init__(
-            channels, out_channels=out_channels, stride=stride, heads=heads, block=block, halo=halo, border=border
-        )
+        super().__init__(channels, out_channels=out_channels, stride=stride, heads=heads, halo=halo, border=border)
+        self.block = block
         width = self.query.out_features // heads
         self.scale, self.scale_positions = width**-0.5, scale_positions
         self.rows, self.columns = (nn.Parameter(torch.empty(2 * (block + 2 * halo) - 1, width)) for _ in range(2))
         for table in (self.rows, self.columns):
             nn.init.normal_(table, std=self.scale)
+
+    def _block(self, length: int) -> int:
+        return self.block
 
     def _reached(self, line: Groups) -> Bool[Tensor, "g 1 m"]:
         ring = self.halo if self.border == "zero" else 0

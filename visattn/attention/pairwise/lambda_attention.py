@@ -16,10 +16,11 @@ class LambdaAttention(Attention):
         \lambda^c = \sum_m \operatorname{softmax}_m(k_m)\, v_m^\top, \quad \lambda^p_n = \sum_m e_{m-n}\, v_m^\top
 
     Keys and values are shared by the heads :math:`a`; queries and values are batch-normalised. The matrices are
-    :math:`\kappa \times c / \text{heads}`, and no weight of one position for another is ever made: ``attend`` makes the
-    weights :math:`q_n^{a\top} (\operatorname{softmax}_m(k_m) + e_{m-n})` that the matrices amount to. They may be
-    negative and their sum is not one. As one value goes with each key, the paper's intra-depth is 1. No layer has a
-    bias; with one on :math:`e`, as in timm, it would not be a weighted sum any more.
+    :math:`\kappa \times c / \text{heads}`, and no weight of one position for another is made, unless the map is so
+    small that these are fewer numbers. ``attend`` makes the weights :math:`q_n^{a\top} (\operatorname{softmax}_m(k_m) +
+    e_{m-n})` that the matrices amount to. They may be negative and their sum is not one. As one value goes with each
+    key, the paper's intra-depth is 1. No layer has a bias; with one on :math:`e`, as in timm, it would not be a
+    weighted sum any more.
 
     Args:
         channels: Channels of the feature map.
@@ -88,11 +89,13 @@ class LambdaAttention(Attention):
         return self._write(x, torch.einsum("banm,bmv->bnav", weights, self._value(x).movedim(1, -1).flatten(1, 2)))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
+        n, width, eager = x.shape[2] * x.shape[3], self.key.out_channels, not torch.compiler.is_compiling()
+        if eager and self.heads * n <= width * self.value.out_channels:  # as measured: weights are no more numbers
+            return super().forward(x)
         query, value = self._query(x), self._value(x)
         tokens = value.movedim(1, -1).flatten(1, 2)
         content = self._keys(x) @ tokens
-        few = not torch.compiler.is_compiling() and self.scope and x.shape[2] * x.shape[3] <= self.scope**2
-        if self.scope is None or few:
+        if self.scope is None or (eager and self._few(n, value)):
             around = self._around(x)
             position = (around.flatten(0, 1) @ tokens).unflatten(1, around.shape[:2])
         else:
@@ -112,6 +115,12 @@ class LambdaAttention(Attention):
 
     def _value(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b v h w"]:
         return self.value_norm(self.value(x))
+
+    def _few(self, n: int, value: Float[Tensor, "b v h w"]) -> bool:
+        """Is one product over all positions faster than a convolution, whose gradient is slow? As measured."""
+        assert self.scope
+        maps = value.shape[0] * value.shape[1]
+        return n * (maps + 64) * (1 if value.requires_grad else 4) <= 2 * self.scope**2 * maps
 
     def _around(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n k m"]:
         """The vectors of the distances from every position to every other, zero beyond the scope."""

@@ -54,7 +54,7 @@ class OutlookAttention(Attention):
         self.out = nn.Conv1d(channels, channels, 1)
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads n m"]:
-        weights, at = self._weights(x).movedim(2, 1), self._places(x)
+        weights, at = self._weights(x), self._places(x)
         n = x.shape[2] * x.shape[3]
         pairs = at[:, :, None] * (n + 1) + at[:, None]
         dense = weights.new_zeros(*weights.shape[:2], (n + 1) ** 2)
@@ -68,15 +68,15 @@ class OutlookAttention(Attention):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         options = {"kernel_size": self.window, "padding": self.window // 2, "stride": self.stride}
         value = F.unfold(self.value(x.flatten(2)).view(x.shape), **options)
-        value = value.unflatten(1, (self.heads, -1, self.area)).permute(0, 4, 1, 3, 2)
-        y = (self._weights(x) @ value).permute(0, 2, 4, 3, 1)
+        value = value.unflatten(1, (self.heads, -1, self.area)).permute(0, 1, 4, 3, 2)
+        y = (self._weights(x) @ value).permute(0, 1, 4, 3, 2)
         return self._write(x, F.fold(y.flatten(1, 3), x.shape[2:], **options).flatten(2))
 
-    def _weights(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b u heads area area"]:
+    def _weights(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads u area area"]:
         """What each position of each window reads from the others, in every head."""
         centres = F.avg_pool2d(x, self.stride, ceil_mode=True).flatten(2).mT
         logits = F.linear(centres, self.outlook.weight * self.scale, self.outlook.bias * self.scale)
-        logits = logits.unflatten(2, (self.heads, self.area, self.area))
+        logits = logits.unflatten(2, (self.heads, self.area, self.area)).transpose(1, 2)
         return softmax(logits).to(logits.dtype)
 
     def _places(self, x: Float[Tensor, "b c h w"]) -> Int[Tensor, "u area"]:

@@ -49,6 +49,14 @@ def causal(positions: Int[Tensor, "g t"], back: Int[Tensor, "n"]) -> Groups:
     return Groups(taken, taken, (order <= order[:, None])[None], back)
 
 
+def even(length: int, most: int) -> int:
+    """Return the size of blocks, the fewest of at most ``most``, that share a line evenly.
+
+    A compiled graph is the same for all lines: there they have ``most``.
+    """
+    return most if torch.compiler.is_compiling() else -(-length // -(-length // most))
+
+
 def windows(length: int, block: int, window: int, *, clamp: bool, device: torch.device) -> Groups:
     """Return the groups of a line in which every position reads the window around it: blocks of queries, more keys.
 

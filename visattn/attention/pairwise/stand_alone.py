@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.pairwise.sparse import Groups
+from visattn.attention.pairwise.sparse import Groups, even
 from visattn.attention.pairwise.windowed import _WindowedSelfAttention
 
 
@@ -57,7 +57,6 @@ class StandAloneSelfAttention(_WindowedSelfAttention):
             out_channels=out_channels,
             stride=stride,
             heads=heads,
-            block=window + 1,
             halo=window // 2,
             border=border,
         )
@@ -67,23 +66,24 @@ class StandAloneSelfAttention(_WindowedSelfAttention):
         self.window = window
         self.rows, self.columns = (nn.Parameter(torch.randn(heads, window, half)) for _ in range(2))
 
-    def _reached(self, line: Groups) -> Bool[Tensor, "#g t m"]:
-        order = torch.arange(line.keys.shape[1], device=line.keys.device)
-        offset = order - order[: self.block, None]
-        reached = ((offset >= 0) & (offset < self.window))[None]
+    def _block(self, length: int) -> int:
+        return even(length, self.window + 1)
+
+    def _reached(self, line: Groups) -> Bool[Tensor, "g t m"]:
+        reached = (line.keys[:, None] - line.queries[:, :, None]).abs() <= self.halo
         if self.border == "mask":
             reached = reached & ((line.keys >= 0) & (line.keys < line.back.shape[0]))[:, None]
         return reached
 
     def _parts(
         self, query: Float[Tensor, "g z y x d"]
-    ) -> tuple[Float[Tensor, "g z y x k"], Float[Tensor, "g z y x k"]]:
+    ) -> tuple[Float[Tensor, "g z y x kh"], Float[Tensor, "g z y x kw"]]:
         upper, lower = query.unflatten(1, (-1, self.heads)).chunk(2, -1)
-        down = torch.einsum("gbayxd,aydk->gbayxk", upper, self._shifted(self.rows))
-        across = torch.einsum("gbayxd,axdk->gbayxk", lower, self._shifted(self.columns))
+        down = torch.einsum("gbayxd,aydk->gbayxk", upper, self._shifted(self.rows, query.shape[2]))
+        across = torch.einsum("gbayxd,axdk->gbayxk", lower, self._shifted(self.columns, query.shape[3]))
         return down.flatten(1, 2), across.flatten(1, 2)
 
-    def _shifted(self, table: Float[Tensor, "heads k d"]) -> Float[Tensor, "heads t d m"]:
+    def _shifted(self, table: Float[Tensor, "heads k d"], block: int) -> Float[Tensor, "heads t d m"]:
         """The vector of each query of a block for each key of its window; zeros where that is not reached."""
-        room = self.block - 1
-        return F.pad(table, (0, 0, room, room)).unfold(1, self.block + self.window - 1, 1).flip(1)
+        room = block - 1
+        return F.pad(table, (0, 0, room, room)).unfold(1, room + self.window, 1).flip(1)

@@ -47,7 +47,6 @@ class _WindowedSelfAttention(Attention):
         out_channels: int | None,
         stride: int,
         heads: int,
-        block: int,
         halo: int,
         border: Literal["zero", "mask"],
     ):
@@ -59,7 +58,7 @@ class _WindowedSelfAttention(Attention):
             raise ValueError(f"stride must be positive, got {stride}")
         if border not in ("zero", "mask"):
             raise ValueError(f"border must be zero or mask, got {border!r}")
-        self.stride, self.heads, self.block, self.halo, self.border = stride, heads, block, halo, border
+        self.stride, self.heads, self.halo, self.border = stride, heads, halo, border
         self.scale = 1.0
         self.query = nn.Linear(channels, out_channels, bias=False)
         self.key = nn.Linear(channels, out_channels, bias=False)
@@ -71,8 +70,7 @@ class _WindowedSelfAttention(Attention):
         tokens, (rows, columns, groups) = self._tokens(x), self._groups(x)
         query = gather(self._split(self.query(tokens[:-1])), groups.queries)
         key = gather(self._split(self.key(tokens)), groups.keys)
-        logits = query @ key.mT * self.scale + self._bias(query, rows, columns)
-        weights = softmax(logits).to(logits.dtype)
+        weights = self._weights(query, key, self._bias(query, rows, columns))
         return spread(weights, groups).unflatten(0, (-1, self.heads))
 
     def read(self, x: Float[Tensor, "b c h w"], *, weights: Float[Tensor, "b heads n m"]) -> Float[Tensor, "b d h2 w2"]:
@@ -84,9 +82,17 @@ class _WindowedSelfAttention(Attention):
         query = gather(self._split(self.query(tokens[:-1])), groups.queries)
         key, value = (gather(self._split(layer(tokens)), groups.keys) for layer in (self.key, self.value))
         bias = self._bias(query, rows, columns).to(query.dtype)
-        return self._write(
-            x, scatter(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale), groups)
-        )
+        if bias.requires_grad and x.device.type == "cpu":  # for which its kernel has no gradient
+            y = self._weights(query, key, bias) @ value
+        else:
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
+        return self._write(x, scatter(y, groups))
+
+    def _weights(
+        self, query: Float[Tensor, "g z t d"], key: Float[Tensor, "g z m d"], bias: Float[Tensor, "g z t m"]
+    ) -> Float[Tensor, "g z t m"]:
+        logits = torch.baddbmm(bias.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=self.scale)
+        return softmax(logits).to(logits.dtype).unflatten(0, query.shape[:2])
 
     def _tokens(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n_1 b c"]:
         """Positions first, and after the last one the zeros that stand beyond the map."""
@@ -95,7 +101,11 @@ class _WindowedSelfAttention(Attention):
     def _split(self, tokens: Float[Tensor, "n b c"]) -> Float[Tensor, "n z d"]:
         return tokens.unflatten(2, (self.heads, -1)).flatten(1, 2)
 
-    def _reached(self, line: Groups) -> Bool[Tensor, "#g #t m"]:
+    def _block(self, length: int) -> int:
+        """How many queries of a line make a block."""
+        raise NotImplementedError
+
+    def _reached(self, line: Groups) -> Bool[Tensor, "g #t m"]:
         """Which rows, or columns, of the windows the queries of a block reach."""
         raise NotImplementedError
 
@@ -108,14 +118,14 @@ class _WindowedSelfAttention(Attention):
     def _groups(self, x: Float[Tensor, "b c h w"]) -> tuple[Groups, Groups, Groups]:
         """The groups of rows, of columns and of both, where a key beyond the map is the position after the last."""
         height, width = x.shape[2:]
-        rows, columns = (around(side, self.block, self.halo, x.device) for side in (height, width))
+        rows, columns = (around(side, self._block(side), self.halo, x.device) for side in (height, width))
         groups = product(rows, columns)
         beyond = cross((rows.keys < 0) | (rows.keys >= height), (columns.keys < 0) | (columns.keys >= width))
         return rows, columns, groups._replace(keys=groups.keys.masked_fill(beyond, height * width))
 
     def _bias(self, query: Float[Tensor, "g z t d"], rows: Groups, columns: Groups) -> Float[Tensor, "g z t m"]:
         """What distances add to the logits; minus infinity where a key is not reached."""
-        down, across = self._parts(query.unflatten(2, (self.block, self.block)))
+        down, across = self._parts(query.unflatten(2, (rows.queries.shape[1], columns.queries.shape[1])))
         count = rows.keys.shape[0], columns.keys.shape[0]
         row = self._reached(rows)[:, None].expand(*count, -1, -1).flatten(0, 1)
         column = self._reached(columns)[None].expand(*count, -1, -1).flatten(0, 1)
