@@ -30,8 +30,8 @@ def measured() -> Rows:
 
 
 def called(row: dict[str, Any]) -> str:
-    forward, both = row["forward"][0][0], row["both"][0][0]
-    return f"{row['module']} beside {row['counterpart']} at {'×'.join(map(str, row['size']))}, {forward:.2f} and {both:.2f}"
+    size, forward, both = "×".join(map(str, row["size"])), row["forward"][0][0], row["both"][0][0]
+    return f"{row['module']} beside {row['counterpart']} at {size}, {forward:.2f} and {both:.2f}"
 
 
 def under(rows: Rows) -> str:

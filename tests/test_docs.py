@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
@@ -30,13 +31,17 @@ EXAMPLES = [
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def tables():
-    """The script that fills the tables in."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "modules" / "tables.py")
+def script(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """The script that fills the tables in."""
+    return script(ROOT / "docs" / "modules" / "tables.py")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,11 @@ def options(text: str) -> list[tuple[bool, str, object]]:
 def test_the_tables_are_those_of_the_code(page, tables):
     text = page.read_text("utf-8")
     assert text == tables.filled(text), "python docs/modules/tables.py fills them in"
+
+
+def test_the_page_on_speed_holds_what_was_measured():
+    speed, text = script(ROOT / "docs" / "speed.py"), (ROOT / "docs" / "speed.md").read_text("utf-8")
+    assert text == speed.filled(text, speed.measured()), "python docs/speed.py fills it in"
 
 
 def test_every_family_has_its_page_and_every_module_a_place_there(zoo):
