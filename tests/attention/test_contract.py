@@ -41,6 +41,7 @@ HEADS_COST = {
     "EfficientAttention": "a head mixes its own features only",
     "LambdaAttention": "all heads share keys and values, whose width is that of a head",
     "OutlookAttention": "a head has its own weights, made by a layer",
+    **dict.fromkeys(attention.sampling.__all__, "every head samples the map"),
 }
 
 

@@ -11,7 +11,9 @@ from torch import nn
 import visattn
 from visattn.__main__ import main
 from visattn.commands import predict
+from visattn.data.sources import open_source
 from visattn.data.transforms import Preprocess
+from visattn.models import DigitClassifier
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 SIZE = (3, 64, 96)
@@ -58,8 +60,8 @@ def folder(tmp_path):
     return folder
 
 
-def lines(capsys, *arguments, status=0):
-    assert main(["predict", "checkpoint", *map(str, arguments), "--json"]) == status
+def lines(capsys, *arguments, status=0, checkpoint="checkpoint"):
+    assert main(["predict", str(checkpoint), *map(str, arguments), "--json"]) == status
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -192,6 +194,22 @@ def test_a_saved_model_predicts_as_it_does_in_python(capsys, folder, tmp_path):
     assert len(line["maps"]) == 4
     assert main(["predict", str(tmp_path / "mine"), str(folder / "b.png")]) == 0
     assert "[b]bird" in capsys.readouterr().out
+
+
+def test_a_spatial_transformer_is_drawn(capsys, shared, tmp_path):
+    digits = open_source("MNIST", directory=str(shared / "data")).splits["test"]
+    digits.read(0).save(tmp_path / "digit.png")
+    net = visattn.insert(DigitClassifier(), visattn.AffineTransformer, gate=None, input_size=(1, 28, 28))
+    nn.init.normal_(visattn.insertions(net)[0].attention.head.weight, std=0.5)
+    visattn.save(net, tmp_path / "mine", transform=Preprocess((1, 28, 28), mean=(0.0,), std=(1.0,)))
+    (line,) = lines(capsys, tmp_path / "digit.png", "--maps", tmp_path / "maps", checkpoint=tmp_path / "mine")
+    folder = tmp_path / "maps" / "digit.png"
+    assert line["maps"] == [str(folder / name) for name in ("overview.png", "layers-AffineTransformer.png")]
+    orange, blue = (242, 130, 13), (31, 158, 209)  # the lattice, the arrows
+    for name, colours in zip(line["maps"], ([orange], [orange, blue]), strict=True):
+        pixels = np.asarray(Image.open(name).convert("RGB")).astype(int)
+        for colour in colours:
+            assert (abs(pixels - colour).max(2) <= 3).sum() > 500
 
 
 def test_the_overview_says_how_far_the_gates_have_opened():

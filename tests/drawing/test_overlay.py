@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from visattn.drawing import overlay, upsample
+from visattn.drawing.figure import canvas
 from visattn.drawing.overlay import ticks
-from visattn.drawing.pictures import canvas
 
 
 def delta(height, width, row, column):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from visattn.attention.sampling.grids import identity
 from visattn.drawing import draw_maps, overview
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
@@ -36,6 +37,19 @@ def test_overview_shows_every_map_with_its_name_in_order():
     figure = overview(PHOTO, maps, title="photo.jpg: cat 0.93")
     assert titles(figure) == ["stem", "layer0", "layer1", "layer2"]
     assert [text.get_text() for text in figure.texts] == ["photo.jpg: cat 0.93"]
+
+
+def test_a_warp_has_its_picture_and_its_lattice_in_the_overview(tmp_path):
+    maps = {"conv1/AffineTransformer": 0.5 * identity((8, 12))[None], "layer1/SpatialGate": torch.rand(1, 1, 4, 6)}
+    paths = draw_maps(PHOTO, maps, tmp_path)
+    assert [path.name for path in paths] == ["conv1-AffineTransformer.png", "layer1-SpatialGate.png"]
+    figure = overview(PHOTO, maps)
+    assert titles(figure) == ["conv1", "layer1"]
+    panel = figure.axes[1]
+    assert panel.get_title(loc="left").split("\n")[1:] == ["AffineTransformer", "8×12, 0% folded over, magnified 2×"]
+    assert np.array_equal(panel.images[0].get_array(), PHOTO)
+    outline = panel.collections[1].get_segments()[0]
+    np.testing.assert_allclose([outline.min(0), outline.max(0)], [[24, 16], [72, 48]], atol=1e-4)
 
 
 @pytest.mark.parametrize(("count", "shown"), [(19, 19), (20, 19), (100, 19)])

@@ -5,8 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from visattn import DeformableConvolution, DynamicConvolution, Involution, SelectiveKernel
-from visattn.drawing import Channels, Heat, drawable, of_image, read_maps
+from visattn import (
+    DeformableConvolution,
+    DynamicConvolution,
+    Involution,
+    IsotropicTransformer,
+    SelectiveKernel,
+    ThinPlateTransformer,
+)
+from visattn.attention.sampling.grids import identity
+from visattn.drawing import Channels, Heat, Warp, drawable, of_image, read_maps
 
 IMAGE = (64, 96)  # 4×6 at stride 16
 
@@ -132,6 +140,32 @@ def test_what_kernel_modules_return_is_drawable():
     np.testing.assert_allclose(read_maps(maps, IMAGE)[-1].values, mask[0, 0].sum((0, 1)).detach().numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(4, 6), (28, 28), (3, 1), (1, 2)])
+def test_a_grid_of_any_size_is_a_warp(size):
+    grids = torch.rand(1, 2, *size, 2)
+    drawn = read(grids)
+    assert isinstance(drawn, Warp)
+    assert np.array_equal(drawn.grid, grids[0].numpy())
+    assert drawn.note.startswith(f"{size[0]}×{size[1]}, 2 heads, ")
+
+
+def test_the_note_of_a_warp_says_what_it_does():
+    still = identity((8, 12))[None]
+    assert read(still).note == "8×12, nothing moves"
+    assert read(0.5 * still).note == "8×12, 0% folded over, magnified 2×"
+    assert read(still.flip(3)).note == "8×12, mirrored"
+    assert read(torch.cat((still, still.flip(2)), 1)).note == "8×12, 2 heads, 50% folded over"
+    assert read(still + torch.tensor([1.0, 0])).note == "8×12, 0% folded over, 50% outside"
+    assert read(0 * still).note == "8×12, 0% folded over, magnified inf×"
+
+
+def test_what_spatial_transformers_return_is_drawable():
+    x = torch.randn(1, 3, 20, 30)
+    modules = IsotropicTransformer(3, scale=0.5, heads=4), ThinPlateTransformer(3, output_size=(10, 15))
+    maps = {type(module).__name__: module.attend(x) for module in modules}
+    assert [one.grid.shape for one in read_maps(maps, (20, 30))] == [(4, 20, 30, 2), (1, 20, 30, 2)]
+
+
 def test_one_query_without_a_place_has_no_cross():
     drawn = read(torch.rand(1, 2, 1, 25).softmax(-1))
     assert (drawn.values.shape, drawn.query, drawn.note) == (
@@ -183,6 +217,9 @@ def test_any_precision(dtype):
         (torch.rand(1, 24), r"weights must be \(1, c, 1, 1\), .* got \(1, 24\)"),
         (torch.rand(1, 0, 4, 6), r"weights must be .* got \(1, 0, 4, 6\)"),
         (torch.full((1, 1, 4, 6), torch.nan), "weights must be finite"),
+        (torch.full((1, 1, 4, 6, 2), torch.inf), "weights must be finite"),
+        (torch.rand(2, 1, 4, 6, 2), "weights must be of one image, got 2"),
+        (torch.rand(1, 1, 4, 6, 3), r"weights must be .* got \(1, 1, 4, 6, 3\)"),
         (torch.rand(1, 4, 8, 2, 1), r"weights must be .* got \(1, 4, 8, 2, 1\)"),
         (torch.rand(1, 1, 3, 5, 4, 6), r"weights must be .* got \(1, 1, 3, 5, 4, 6\)"),
         (torch.rand(1, 1, 3, 3, 3, 4, 6), r"weights must be .* got \(1, 1, 3, 3, 3, 4, 6\)"),

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import visattn
+from tests.test_configs import Parsed
 from visattn.models import AttentionBranchNetwork
 from visattn.tasks import Classification, Verification
 from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, task_of, with_packaged_configs
@@ -113,6 +114,13 @@ def test_what_a_command_line_leaves_unset_comes_from_the_site(tmp_path):
     assert model.global_pool.arguments["size"] == (1, 1)
 
 
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_another_optimizer_has_its_own_defaults(optimizer):
+    options = ["--model.backbone", "test_resnet", "--model.optimizer", optimizer, "--model.optimizer.lr", "0.1"]
+    made = Parsed(["fit", *options]).config["fit"]["model"]["optimizer"]
+    assert (made["class_path"], made["init_args"]["weight_decay"]) == (f"torch.optim.{optimizer}", 0)
+
+
 def test_a_network_takes_the_backbone_apart(tmp_path):
     network = "--model.network AttentionBranchNetwork --model.network.kernel_size 3"
     run_cli(tiny("fit", f"{network} --model.attention null --trainer.limit_train_batches 1"))
@@ -148,7 +156,7 @@ def test_trained_weights_say_how_images_are_prepared(tmp_path, monkeypatch):
         ("--model.attention.reduction 999", "reduction must lie between 1 and channels=.*, got 999"),
         ("--model.atention CBAM", "unrecognized arguments: --model.atention CBAM"),
         ("--model.at nowhere", "at='nowhere' matches no module; .*"),
-        ("--model.network CBAM", "model.network: there is no 'CBAM', but AttentionBranchNetwork, .*PoolNetwork"),
+        ("--model.network CBAM", "model.network: there is no 'CBAM', but AttentionBranchNetwork, .*PoolNetwork, .*"),
         ("--model.gate idnetity", "model.gate: must be one of \\['identity'\\] or null, got idnetity"),
         ("--trainer.max_epochs two", "trainer.max_epochs: must be int or null, got two"),
         ("--data.root nowhere/", "root must be a folder, .*'nowhere/' does not exist"),

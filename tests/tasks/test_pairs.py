@@ -14,7 +14,7 @@ from visattn.__main__ import main
 from visattn.data.pairs import Pairs
 from visattn.models import SiameseNetwork
 from visattn.tasks import Verification
-from visattn.tasks.command_line import run_cli
+from visattn.tasks.command_line import known_tasks, run_cli
 
 BUILT = {"input_size": (1, 12, 16), "width": 6}
 
@@ -146,7 +146,7 @@ def test_needs_to_know_how_large_images_are():
         Verification().configure_model()
 
 
-KNOWN = "Classification, Verification, or the path of a class of that kind"
+KNOWN = f"{', '.join(known_tasks())}, or the path of a class of that kind"
 FEW = (
     "--config pairs_fashionmnist.yaml --data.root digits --data.download false --data.size 12 --data.train_per_class 5"
     " --data.val_per_class 4 --data.batch_size 8 --model.width 6 --trainer.max_epochs 1 --trainer.accelerator cpu"

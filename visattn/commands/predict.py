@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="an image, or a folder of images, at any depth")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes listed for an image (default: 5)")
     parser.add_argument(
-        "--maps", type=Path, metavar="FOLDER", help="write heat maps as PNG, in a folder for each image"
+        "--maps", type=Path, metavar="FOLDER", help="draw maps and warps as PNG, in a folder for each image"
     )
     parser.add_argument(
         "--query",

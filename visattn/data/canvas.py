@@ -619,6 +619,11 @@ class Canvas(pl.LightningDataModule):
         return self.preprocess.input_size[0] if self.preprocess else self.layout.channels
 
     @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        return self.in_chans, self.layout.height, self.layout.width
+
+    @property
     def num_classes(self) -> int:
         """How many classes there are to tell."""
         return len(self.labels)

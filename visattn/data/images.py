@@ -269,6 +269,12 @@ class Images(pl.LightningDataModule):
         return self.preprocess.input_size[0]
 
     @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        channels, height, width = self.preprocess.input_size
+        return channels, height, width
+
+    @property
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.labels)

@@ -12,8 +12,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from visattn.drawing.bars import COLOUR
+from visattn.drawing.figure import canvas
 from visattn.drawing.grid import Grid
-from visattn.drawing.pictures import canvas
 
 READ = LinearSegmentedColormap.from_list("read", ["#b9c4e0", COLOUR], N=64)
 UNREAD = "#f2f2f2"

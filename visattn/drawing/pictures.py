@@ -4,43 +4,34 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy import ndarray
 from PIL import Image
 
 from visattn.drawing.bars import bars, top_bars
+from visattn.drawing.figure import canvas, show
 from visattn.drawing.grid import Grid
 from visattn.drawing.overlay import overlay
 from visattn.drawing.photo import as_photo
-from visattn.drawing.reading import Channels, Heat, Query, read_maps
+from visattn.drawing.reading import Channels, Heat, Query, Warp, read_maps
+from visattn.drawing.warp import draw_lattice, draw_warp
 
 PANELS = 19  # and the image: four rows of five
 
 
-def canvas(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """Return an empty figure, measured in inches, that needs no display."""
-    figure = Figure(figsize=(width, height), dpi=120, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _show(axes: Axes, photo: ndarray) -> None:
-    axes.imshow(photo, extent=(0, photo.shape[1], photo.shape[0], 0))
-    axes.set_axis_off()
-
-
-def picture(image: Image.Image | ndarray, drawn: Channels | Heat) -> Figure:
-    """Draw one map beside the image it belongs to.
+def picture(image: Image.Image | ndarray, drawn: Channels | Heat | Warp) -> Figure:
+    """Draw one map beside the image it belongs to, a warp as :func:`draw_warp` does.
 
     Args:
         image: What the model saw.
         drawn: One of :func:`read_maps`.
     """
+    if isinstance(drawn, Warp):
+        return draw_warp(image, drawn)
     photo = as_photo(image)
     side = 3.6
     wide = side * min(max(photo.shape[1] / photo.shape[0], 0.5), 2.5)
@@ -60,7 +51,7 @@ def picture(image: Image.Image | ndarray, drawn: Channels | Heat) -> Figure:
         panels["sorted"].set_title("sorted", fontsize="medium")
         top_bars(panels["top"], drawn.values)
         panels["top"].set_title("greatest, by number", fontsize="medium")
-    _show(left, photo)
+    show(left, photo)
     figure.suptitle(f"{drawn.name}\n{drawn.note}", fontsize="large")
     return figure
 
@@ -122,11 +113,13 @@ def overview(
         inches = (0.15 + column * (wide + 0.9), 0.25 + (rows - 1 - row) * (high + 0.95), wide, high)
         return figure.add_axes((*(inches / np.tile(figure.get_size_inches(), 2)),))
 
-    _show(panel(0), photo)
+    show(panel(0), photo)
     for place, one in enumerate(chosen, 1):
         axes = panel(place)
         if isinstance(one, Heat):
             overlay(axes, photo, one.values, query=one.query)
+        elif isinstance(one, Warp):
+            draw_lattice(axes, photo, one.grid)
         else:
             bars(axes, one.values)
             axes.yaxis.tick_right()

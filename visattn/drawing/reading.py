@@ -1,11 +1,12 @@
-"""What recorded weights say about an image: bars where they are over channels, heat where they are over positions.
+"""What recorded weights say about an image: bars over channels, heat over positions, a warp where they sample it.
 
 The signature of a module of ours, which the name of the map tells, says what its weights are; else shapes decide. (1,
 c, 1, 1) are channels; (1, 1, h, w) a map; (1, c, h, w) a map for each channel, of which the mean is shown; (1, n, m),
 and (1, heads, n, m) whose rows sum to one or are no rows of a map, say what each of n queries reads from m keys, of
 which one query is shown. (1, k, c, 1, 1) weigh k items: branches, kernels, experts or channels; (1, g, k, k, h, w)
 are a kernel at each position, whose size is shown; (1, g, k, k, 2, h, w) are how far down and to the right each tap
-of one moves, whose length is shown. Weights over channels or items have no place in the image, and none is made up.
+of one moves, whose length is shown. (1, k, h, w, 2) are k grids, of where each point of an output comes from. Weights
+over channels or items have no place in the image, and none is made up.
 """
 
 import typing
@@ -18,6 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from visattn import attention
+from visattn.attention.sampling.grids import folded, identity, jacobian
 from visattn.drawing.grid import Grid, grid_of, key_grid_of, same_stride, usual_grids
 from visattn.drawing.overlay import constant
 
@@ -41,6 +43,14 @@ class Heat(NamedTuple):
     query: tuple[float, float] | None
 
 
+class Warp(NamedTuple):
+    """Where each point of an output comes from, (x, y) with the outer edges of the image at -1 and 1, for each head."""
+
+    name: str
+    note: str
+    grid: Float[ndarray, "k h w 2"]
+
+
 def fields(maps: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of recorded maps by its name: a field of a tuple behind a dot."""
     for name, weights in maps.items():
@@ -61,18 +71,18 @@ def of_image(maps: Mapping[str, Any], index: int) -> dict[str, Tensor]:
     return {name: weights[index : index + 1] for name, weights in fields(maps)}
 
 
-def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | None) -> Channels | Heat:
+def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | None) -> Channels | Heat | Warp:
     shape = tuple(weights.shape)
     known = (
         weights.ndim in (3, 4)
-        or (weights.ndim == 5 and shape[3:] == (1, 1))
+        or (weights.ndim == 5 and (shape[3:] == (1, 1) or shape[4] == 2))
         or (weights.ndim == 6 and shape[2] == shape[3])
         or (weights.ndim == 7 and shape[2] == shape[3] and shape[4] == 2)
     )
     if not known or not weights.numel():
         raise ValueError(
             f"{name}: weights must be (1, c, 1, 1), (1, c, h, w), (1, n, m), (1, heads, n, m), (1, k, c, 1, 1), "
-            f"(1, g, k, k, h, w) or (1, g, k, k, 2, h, w), got {shape}"
+            f"(1, g, k, k, h, w), (1, g, k, k, 2, h, w) or (1, k, h, w, 2), got {shape}"
         )
     if shape[0] != 1:
         raise ValueError(
@@ -83,6 +93,10 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
         raise ValueError(f"{name}: weights must be finite, got NaN or infinity")
     if values.ndim == 3 and values.shape[1:] == (1, 1):
         return Channels(name, _note(values, f"{len(values)} channels, bars from their mean"), values.flatten().numpy())
+    if values.ndim == 4 and shape[4] == 2:
+        heads = f"{len(values)} heads" if len(values) > 1 else ""
+        note = ", ".join(filter(None, (f"{shape[2]}×{shape[3]}", heads, effect(values))))
+        return Warp(name, note, values.numpy())
     if values.ndim == 4:
         items, mean = f"{len(values)} weighed items, bars from their mean", values.mean((1, 2, 3))
         return Channels(name, _note(mean, items, _mean_of(values.shape[1], "channels")), mean.numpy())
@@ -94,6 +108,24 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return _read_map(name, values.mean(0), image, _mean_of(len(values), "channels"))
+
+
+def effect(grids: Float[Tensor, "k h w 2"]) -> str:
+    """Say what warps do: how much of them is folded over and lies outside of the image, and how far they magnify it.
+
+    Example:
+        >>> effect(identity((8, 8))), effect(0.5 * identity((8, 8)).flip(2)), effect(identity((8, 8)) + 0.3)
+        ('nothing moves', 'mirrored, magnified 2×', '0% folded over, 23.4% outside')
+    """
+    if torch.allclose(grids, identity((grids.shape[1], grids.shape[2]), dtype=grids.dtype), rtol=0, atol=1e-5):
+        return "nothing moves"
+    share, outside = float(folded(grids).mean()), float((grids.abs() > 1).any(-1).double().mean())
+    said = ["mirrored" if share == 1 else f"{100 * share:.3g}% folded over"]
+    if outside:
+        said.append(f"{100 * outside:.3g}% outside")
+    areas = jacobian(grids).abs()
+    magnified = f"{float(areas.median() ** -0.5):.3g}" if areas.numel() else "1"
+    return ", ".join([*said, f"magnified {magnified}×"] if magnified != "1" else said)
 
 
 def _axes(name: str) -> str | None:
@@ -176,7 +208,7 @@ def _centre(image: Grid, query: Query | None) -> Query:
 
 def read_maps(
     maps: Mapping[str, Any], image: Grid, *, query: Query | None = None, grids: Mapping[str, Grid] | None = None
-) -> list[Channels | Heat]:
+) -> list[Channels | Heat | Warp]:
     """Return what there is to draw of the maps of one image, in their order.
 
     Args:

@@ -4,5 +4,13 @@ from visattn.models.attention_branch import AttentionBranchNetwork
 from visattn.models.pairs import SiameseNetwork
 from visattn.models.pay_attention import LearnToPayAttention
 from visattn.models.recurrent_pool import RecurrentPoolNetwork
+from visattn.models.spatial_transformer import DigitClassifier, SpatialTransformerNetwork
 
-__all__ = ["AttentionBranchNetwork", "LearnToPayAttention", "RecurrentPoolNetwork", "SiameseNetwork"]
+__all__ = [
+    "AttentionBranchNetwork",
+    "DigitClassifier",
+    "LearnToPayAttention",
+    "RecurrentPoolNetwork",
+    "SiameseNetwork",
+    "SpatialTransformerNetwork",
+]

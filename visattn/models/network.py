@@ -15,7 +15,13 @@ from visattn.attention.base import Built
 from visattn.surgery import insertions
 
 
-class Network(Built):
+class Classifier(Built):
+    """A network from images to the logits of classes."""
+
+    num_classes: int
+
+
+class Network(Classifier):
     """A classifier around a backbone.
 
     Args:
@@ -48,7 +54,7 @@ class Network(Built):
         elif num_classes not in (None, model.num_classes):
             model.reset_classifier(num_classes)
         self.backbone = model
-        self.num_classes: int = model.num_classes
+        self.num_classes = model.num_classes
 
 
 @dataclass

@@ -4,5 +4,13 @@ from visattn.tasks.base import Task
 from visattn.tasks.classification import Classification
 from visattn.tasks.pairs import Verification
 from visattn.tasks.run import Outcome, RunError
+from visattn.tasks.watch import Alignment
 
-__all__ = ["Classification", "Outcome", "RunError", "Task", "Verification"]
+__all__ = [
+    "Alignment",
+    "Classification",
+    "Outcome",
+    "RunError",
+    "Task",
+    "Verification",
+]

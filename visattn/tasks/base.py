@@ -16,7 +16,7 @@ import timm
 import torch
 from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from visattn.attention import Attention
@@ -36,13 +36,13 @@ class Task(pl.LightningModule):
     cosine. Norms, biases and gates have no weight decay.
 
     Args:
-        optimizer: An optimizer with its options.
+        optimizer: An optimizer with its options; None: AdamW.
         schedule: A schedule of torch with its options, stepped after every epoch.
         pretrained: Whether the network starts with trained weights.
     """
 
-    data: ClassVar[type[pl.LightningDataModule]]
-    """What the command line trains it on."""
+    data: ClassVar[tuple[type[pl.LightningDataModule], ...]]
+    """What the command line can train it on; the first, where nothing else is said."""
     monitor: ClassVar[str]
     """The metric of which the command line keeps the best, greatest, state."""
     classes: ClassVar[dict[str, ModuleType]] = {"optimizer": torch.optim, "schedule": torch.optim.lr_scheduler}
@@ -52,12 +52,13 @@ class Task(pl.LightningModule):
 
     def __init__(
         self,
-        optimizer: Callable[[Iterable[Any]], Optimizer],
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None,
         schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None,
         pretrained: bool,
     ):
         super().__init__()
-        self.optimizer = optimizer
+        # not a default of subclasses: there the command line would hand its options on to another optimizer
+        self.optimizer = optimizer or AdamW
         self.schedule = schedule
         self.pretrained = pretrained
         self.labels: list[str] | None = None
@@ -77,6 +78,14 @@ class Task(pl.LightningModule):
             return Preprocess.of(timm.create_model(self.hparams["backbone"], **(self.hparams["backbone_args"] or {})))
 
     # --- steps --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if self.current_epoch:  # workers began with the first batches before it was known which epoch is resumed
+            loop: Any = self.trainer.fit_loop
+            for loader in loop._combined_loader.flattened:
+                if hasattr(getattr(loader, "sampler", None), "set_epoch"):
+                    loader.sampler.set_epoch(self.current_epoch)
+            iter(loop._data_fetcher)
 
     def on_train_epoch_start(self) -> None:
         epochs = self.trainer.max_epochs or -1  # -1 where steps are counted
@@ -118,7 +127,8 @@ class Task(pl.LightningModule):
     # --- optimization -------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        ours = {id(p) for i in insertions(self.model) for part in (i, i.attention) for p in part.parameters()}
+        attention = [module for module in self.model.modules() if isinstance(module, Attention)]
+        ours = {id(p) for part in (*insertions(self.model), *attention) for p in part.parameters()}
         exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, p in self.model.named_parameters():
@@ -128,8 +138,8 @@ class Task(pl.LightningModule):
         optimizer = self.optimizer(
             [{"params": params} | ({} if decays else {"weight_decay": 0.0}) for (_, decays), params in groups.items()]
         )
-        for (inserted, _), group in zip(groups, optimizer.param_groups, strict=True):
-            if inserted:
+        for (attends, _), group in zip(groups, optimizer.param_groups, strict=True):
+            if attends:
                 group["lr"] *= self.hparams.get("attention_lr_factor", 1.0)
         if self.schedule:
             return LightningCLI.configure_optimizers(self, optimizer, self.schedule(optimizer))
@@ -182,6 +192,8 @@ class Task(pl.LightningModule):
         self.labels = self.labels or block.get("labels")
         if self.preprocess is None and block.get("transform"):
             self.preprocess = Preprocess(**block["transform"])
+        if loop := checkpoint.get("loops", {}).get("fit_loop"):
+            _to_next_epoch(loop)
 
 
 def known_to_timm(backbone: str) -> None:
@@ -190,6 +202,29 @@ def known_to_timm(backbone: str) -> None:
         close = ", ".join(get_close_matches(backbone, timm.list_models(), n=3))
         hint = f"close: {close}" if close else "timm.list_models() lists the names"
         raise ValueError(f"backbone {backbone!r} is not known to timm; {hint}")
+
+
+def _to_next_epoch(loop: dict[str, Any]) -> None:
+    """Have Lightning's loop, saved at the end of an epoch or at the start of one, begin the next.
+
+    Else it takes that start for a whole epoch, and where steps are counted goes through an empty one.
+    """
+    epochs = loop["epoch_progress"]
+    if epochs["current"]["started"] != epochs["current"]["processed"]:
+        return  # within one
+    for count in epochs.values():
+        count["ready"] = count["completed"] = count["processed"]
+
+    def clear(progress: dict[str, Any]) -> None:
+        for name, value in progress.items():
+            if name == "current":
+                value.update(dict.fromkeys(value, 0))
+            elif name == "is_last_batch":
+                progress[name] = False
+            elif isinstance(value, dict):
+                clear(value)
+
+    clear({name: value for name, value in loop.items() if name.startswith("epoch_loop.")})
 
 
 @contextmanager
@@ -251,22 +286,32 @@ def _penalties(penalised: dict[str, Penalised]) -> Iterator[dict[str, Tensor]]:
             each.penalty = None
 
 
-def _named(make: Any, what: str) -> Any:
-    """Write a class, or ``functools.partial`` of one, or several, in plain values, as a checkpoint may hold them."""
-    if isinstance(make, list):
-        return [_named(one, what) for one in make]
-    if make is None:
-        return None
+def found_class(make: Any, what: str = "network") -> type:
+    """Return the class that a class, or ``functools.partial`` of one with options by name, makes."""
     parts: list[Any] = [make]
-    options: dict[str, Any] = {}
     while isinstance(parts[0], partial):
-        options = parts[0].keywords | options
         parts = [parts[0].func, *parts[0].args]
     cls = next((part for part in reversed(parts) if isinstance(part, type)), None)
     if cls is None:
         raise ValueError(
             f"{what} must be a class or functools.partial of one, so that a checkpoint can name it, got {make!r}"
         )
+    if parts[-1] is not cls:
+        raise ValueError(f"{what} must have its options by name, for a checkpoint to hold them, got {make!r}")
+    return cls
+
+
+def _named(make: Any, what: str) -> Any:
+    """Write a class, or ``functools.partial`` of one, or several, in plain values, as a checkpoint may hold them."""
+    if isinstance(make, list):
+        return [_named(one, what) for one in make]
+    if make is None:
+        return None
+    cls = found_class(make, what)
+    options: dict[str, Any] = {}
+    while isinstance(make, partial):
+        options = make.keywords | options
+        make = make.func
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(options)}
 
 

@@ -1,6 +1,7 @@
 """Say what an image shows: a timm backbone with attention in it, trained by Lightning."""
 
 import csv
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -29,32 +30,37 @@ from torchmetrics.classification import (
 from visattn import attention as zoo
 from visattn import models
 from visattn.attention import Attention
+from visattn.data.canvas import Canvas
 from visattn.data.images import Images
-from visattn.models.network import Network
+from visattn.models.network import Classifier, Network
 from visattn.surgery import insert, insertions
-from visattn.tasks.base import Task, known_to_timm, trained_weights
+from visattn.tasks.base import Task, found_class, known_to_timm, trained_weights
+from visattn.tasks.recognition import Recognition
 from visattn.tasks.run import folder
 
 MakeAttention = Callable[[int], Attention]
-MakeNetwork = Callable[[str], Network]
+MakeNetwork = Callable[[Any], Classifier]
 
 
-class Classification(Task):
+class Classification(Recognition):
     """Train a backbone, with attention inserted, to say what an image shows.
 
-    The network, ``model``, is built when a trainer (or ``load_from_checkpoint``) asks for it, because the data says how
-    many classes and channels there are. Without a data module, give ``num_classes`` in ``backbone_args``.
+    The network, ``model``, is built when a trainer (or ``load_from_checkpoint``) asks for it, because the data module
+    says how many classes and channels there are, and how large images are: ``num_classes``, ``in_chans`` and
+    ``input_size``. Without one, give ``num_classes`` in ``backbone_args``.
 
     Without ``schedule``, the learning rate rises linearly during the first part of all steps and falls to zero along a
     cosine. Norms, biases and gates have no weight decay.
 
     Args:
-        backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
+        backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``. Left out for a network that has
+            none.
         pretrained: Whether the backbone starts with its trained weights.
         backbone_args: Arguments of ``timm.create_model``, such as ``drop_path_rate``. ``num_classes`` and ``in_chans``
             come from the data unless they are given here.
         network: What is made of the backbone: a network of ``visattn.models`` with its options. One that returns
-            several logits in training has the sum of their losses.
+            several logits in training has the sum of their losses. A network without a backbone gets classes, channels
+            and size of its input from the data, where its options leave them as they are.
         attention: What to insert: an attention class with its options, or several.
         at: Where, in the grammar of ``visattn.sites``; left out, where the module's paper puts it. With several
             modules, a list gives the place of each.
@@ -65,10 +71,11 @@ class Classification(Task):
         cutmix: The same for pasting a part of one image into another.
         class_weights: Weight of each class in the loss (of its positives, where an image has many labels).
         multi_label: Whether an image may have any number of labels; left out, as the data says.
-        optimizer: An optimizer with its options.
+        optimizer: An optimizer with its options; left out, AdamW.
         schedule: A schedule of torch with its options, stepped after every epoch.
         warmup: Share of all steps in which the learning rate rises, without ``schedule``.
-        attention_lr_factor: Learning rate of what is inserted, relative to that of the backbone.
+        attention_lr_factor: Learning rate of what is inserted, and of the attention modules of a network, relative to
+            that of the rest.
         penalty_factor: Weight in the loss of the penalties that modules put on their weights.
         channels_last: Whether feature maps lie in memory with the channels last: faster on most GPUs.
         compile: Whether to compile the network by ``torch.compile``.
@@ -77,17 +84,16 @@ class Classification(Task):
         ValueError: If timm knows no such backbone, or an option does not fit the data.
     """
 
-    data = Images
+    data = (Images, Canvas)
     monitor = "val/top1"
     classes = Task.classes | {"attention": zoo, "network": models}
 
-    num_classes: int
     mix: Mixup | None
     class_weights: Tensor | None
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | None = None,
         *,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
@@ -101,7 +107,7 @@ class Classification(Task):
         cutmix: float = 0.0,
         class_weights: list[float] | None = None,
         multi_label: bool | None = None,
-        optimizer: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
         warmup: float = 0.05,
         attention_lr_factor: float = 1.0,
@@ -110,7 +116,10 @@ class Classification(Task):
         compile: bool = False,
     ):
         super().__init__(optimizer, schedule, pretrained)
-        known_to_timm(backbone)
+        if backbone:
+            known_to_timm(backbone)
+        elif network is None:
+            raise ValueError("backbone must be given, unless there is a network that has none")
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
@@ -123,25 +132,33 @@ class Classification(Task):
         self.save_hyperparameters(ignore=["_instantiator"])
         self.remember(attention=attention, network=network)
         self.insert, self.network = modules, network
-        options = self.hparams["network"]["init_args"] if network else {}
-        for name in ("num_classes", "pretrained", "backbone_args"):
-            if options.get(name):
-                raise ValueError(f"{name} must be given beside the network, not as an option of it")
+        if network and issubclass(found_class(network), Network):
+            if not backbone:
+                raise ValueError(f"backbone must be given: {found_class(network).__name__} is made of one")
+            for name in ("num_classes", "pretrained", "backbone_args"):
+                if self.hparams["network"]["init_args"].get(name):
+                    raise ValueError(f"{name} must be given beside the network, not as an option of it")
+        elif network:
+            known = {"backbone": backbone, "pretrained": pretrained, "backbone_args": backbone_args}
+            for name, given in known.items():
+                if given:
+                    raise ValueError(f"{name} must be left out: {found_class(network).__name__} has no backbone")
 
     # --- the network --------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        h = self.hparams
-        data = getattr(self._trainer, "datamodule", None)
-        known = {name: getattr(data, name) for name in ("num_classes", "in_chans") if hasattr(data, name)}
-        h["backbone_args"] = known | (h["backbone_args"] or {})
-        if "num_classes" not in h["backbone_args"]:
-            raise ValueError("num_classes must be given in backbone_args, since there is no data module that says it")
+        h, known = self.hparams, self.read_data()
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if h["backbone"]:
+            h["backbone_args"] = {name: known[name] for name in known if name != "size"} | (h["backbone_args"] or {})
+            if "num_classes" not in h["backbone_args"]:
+                raise ValueError("num_classes must be given in backbone_args, since no data module says it")
+        else:
+            self.options(self.network, known)
         if h["multi_label"] is None:
             h["multi_label"] = bool(getattr(data, "multi_label", False))
-        self.labels, self.preprocess = getattr(data, "labels", None), getattr(data, "preprocess", None)
 
         # without a trainer, or on the way to a checkpoint, the weights come from elsewhere
         pretrained = self.pretrained and self._trainer is not None
@@ -151,12 +168,12 @@ class Classification(Task):
             for head in _heads(model):  # some of timm's start with logits so large that unlearning them takes epochs
                 if isinstance(head, (nn.Linear, nn.Conv2d)):
                     nn.init.trunc_normal_(head.weight, std=0.01)
-        size = self.preprocess.input_size if self.preprocess else None
+        size = getattr(data, "input_size", None) or _made_for(model)
         for number, make in enumerate(self.insert):
             at = h["at"][number] if isinstance(h["attention"], list) and isinstance(h["at"], list) else h["at"]
             insert(model, make, at=at, gate=h["gate"], input_size=size)
         self.num_classes = model.num_classes
-        self._check_classes()
+        self.check_entries(labels=self.labels, class_weights=h["class_weights"])
         if h["channels_last"]:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
@@ -186,17 +203,14 @@ class Classification(Task):
         )
 
     def _built(self, pretrained: bool) -> nn.Module:
+        make: Any = self.network
+        if not self.hparams["backbone"]:
+            return found_class(make)(**self.hparams["network"]["init_args"])
         name, options = self.hparams["backbone"], dict(self.hparams["backbone_args"])
-        if self.network is None:
+        if make is None:
             return timm.create_model(name, pretrained=pretrained, **options)
         classes = options.pop("num_classes")
-        make: Any = self.network
         return make(name, num_classes=classes, pretrained=pretrained, backbone_args=options)
-
-    def _check_classes(self) -> None:
-        for name, given in (("labels", self.labels), ("class_weights", self.hparams["class_weights"])):
-            if given is not None and len(given) != self.num_classes:
-                raise ValueError(f"{name} must have one entry for each of {self.num_classes} classes, got {len(given)}")
 
     def _trained(self) -> Iterator[nn.Module]:
         """What trains where the backbone is frozen."""
@@ -229,21 +243,6 @@ class Classification(Task):
         return self.model(images)
 
     # --- steps --------------------------------------------------------------------------------------------------------
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # here, where the batch still lies in the memory of the host: on a GPU a label out of range kills the process
-        if isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-            labels, classes = batch[1], self.num_classes
-            if self.hparams["multi_label"]:
-                if labels.shape[1:] != (classes,):
-                    raise ValueError(
-                        f"labels must be of shape (b, {classes}), one column a class, got {tuple(labels.shape)}"
-                    )
-            elif len(bad := labels[(labels < 0) | (labels >= classes)]):
-                raise ValueError(
-                    f"label {int(bad[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}"
-                )
-        return batch
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.hparams["label_smoothing"] if self.training else 0.0
@@ -299,8 +298,6 @@ class Classification(Task):
             writer.writerows(rows)
         _print(rows, file)
 
-    # --- optimization -------------------------------------------------------------------------------------------------
-
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
@@ -309,6 +306,13 @@ class Classification(Task):
         task = "multi-label classification" if self.hparams["multi_label"] else "classification"
         args = self.hparams["backbone_args"] if self.network is None else None
         return {"labels": self.labels, "transform": self.preprocess, "task": task, "model_args": args}
+
+
+def _made_for(model: Any) -> tuple[int, int, int] | None:
+    """The input for which a network without a backbone was built, where it has options that say so."""
+    known = inspect.signature(type(model)).parameters
+    options = {name: option.default for name, option in known.items()} | getattr(model, "arguments", {})
+    return (options["in_chans"], *options["size"]) if {"in_chans", "size"} <= options.keys() else None
 
 
 def _heads(model: nn.Module) -> tuple[Any, ...]:

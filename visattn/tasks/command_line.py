@@ -20,6 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from visattn import attention, models, tasks
 from visattn.data.transforms import Preprocess
+from visattn.models.network import Classifier
 from visattn.tasks import Task
 from visattn.tasks.run import (
     CHECKPOINTS,
@@ -63,9 +64,10 @@ class CommandLine(LightningCLI):
         quiet = {"exit_on_error": False}  # raise, so that errors come out in one place
         self.args = args
         self.task = task_of(with_packaged_configs(args))
+        self.data_class = data_of(self.task, with_packaged_configs(args))
         super().__init__(
             self.task,
-            self.task.data,
+            self.data_class,
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -77,6 +79,8 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--task", default=DEFAULT, help=f"{', '.join(known_tasks())}, or the path of a class")
+        kinds = ", ".join(each.__name__ for each in self.task.data)
+        parser.add_argument("--datamodule", default=self.task.data[0].__name__, help=f"{kinds}, or the path of a class")
         parser.add_lightning_class_args(Best, "checkpoint")
         defaults = {"filename": "best", "monitor": self.task.monitor, "mode": "max", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
@@ -162,22 +166,38 @@ def known_tasks() -> dict[str, type[Task]]:
     return {name: cls for name, cls in found.items() if issubclass(cls, Task) and cls is not Task}
 
 
-def task_of(args: list[str]) -> type[Task]:
-    """Find the task that arguments name, themselves or in configurations; the last one wins."""
-    name = DEFAULT
+def said(args: list[str], option: str, default: str) -> str:
+    """Find what arguments say of an option, themselves or in configurations; the last one wins."""
+    value = default
     for arg, following in zip(args, [*args[1:], ""], strict=True):
-        option, equals, value = arg.partition("=")
-        value = value if equals else following
-        if option == "--task":
-            name = value
-        elif option in ("--config", "-c"):
+        name, equals, given = arg.partition("=")
+        given = given if equals else following
+        if name == f"--{option}":
+            value = given
+        elif name in ("--config", "-c"):
             with suppress(OSError, ValueError, yaml.YAMLError):  # what is wrong with it is said when it is parsed
-                config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-                name = config.get("task", name) if isinstance(config, dict) else name
-    cls = known_tasks().get(name) or (locate(name) if "." in str(name) else None)
-    if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise ValueError(f"task must be {', '.join(known_tasks())}, or the path of a class of that kind, got {name!r}")
+                config = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+                value = config.get(option, value) if isinstance(config, dict) else value
+    return value
+
+
+def class_of(name: Any, known: dict[str, type], kind: type, option: str) -> Any:
+    """Return the class that an option names, shortly or by its path."""
+    cls = known.get(name) or (locate(name) if "." in str(name) else None)
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        raise ValueError(f"{option} must be {', '.join(known)}, or the path of a class of that kind, got {name!r}")
     return cls
+
+
+def task_of(args: list[str]) -> type[Task]:
+    """Find the task that arguments name."""
+    return class_of(said(args, "task", DEFAULT), known_tasks(), Task, "task")
+
+
+def data_of(task: type[Task], args: list[str]) -> type[pl.LightningDataModule]:
+    """Find the data that arguments name, among those the task can be trained on."""
+    known = {cls.__name__: cls for cls in task.data}
+    return class_of(said(args, "datamodule", task.data[0].__name__), known, pl.LightningDataModule, "datamodule")
 
 
 def with_packaged_configs(args: list[str]) -> list[str]:
@@ -228,14 +248,15 @@ def one_line(error: Exception) -> str:
     if name := re.search(r"dot import path string: (\w+)|has no attribute '(\w+)'", text):
         families = {
             "attention": attention.__all__,
-            "network": [name for name in models.__all__ if name != "SiameseNetwork"],
+            "network": [name for name in models.__all__ if issubclass(getattr(models, name), Classifier)],
         }
         known = families.get(key[1].rpartition(".")[2], [])
         close = get_close_matches(name[1] or name[2], known) or known
         return f"{said} there is no {name[1] or name[2]!r}" + (f", but {', '.join(close)}" if close else "")
     if reason := re.search(r"callable class: (.*?)\. Got value: Namespace", text):
         return f"{said} {reason[1]}"
-    types, given = re.findall(r"Expected an? (\w[\w.]*(?:\[[^\]]*\])?)", text), re.search(r" Given value: (.*)", text)
+    types = re.findall(r"Expected an? (\w[\w.]*(?:\[[^\]]*\])?)", text)
+    given = re.search(r" (?:Given|Got) value: (.*)", text)
     if types and given:
         wanted = " or ".join(types).replace("typing.Literal", "one of ").replace("NoneType", "null")
         return f"{said} must be {wanted}, got {given[1]}"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.cli import ReduceLROnPlateau
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import BinaryAccuracy
 
@@ -34,7 +34,7 @@ class Verification(Task):
         levels: How many levels there are.
         normalized: Whether the pooling of ABCNN-2 and -3 is normalised, which in the paper it is not.
         input_size: Channels, height and width of the images; left out, as the data says.
-        optimizer: An optimizer with its options.
+        optimizer: An optimizer with its options; left out, AdamW.
         schedule: A schedule of torch with its options, stepped after every epoch; left out, the rate rises linearly
             and falls to zero along a cosine, step by step.
         warmup: Share of all steps in which the learning rate rises, without ``schedule``.
@@ -43,7 +43,7 @@ class Verification(Task):
         ValueError: If timm knows no such backbone, or an option does not fit the others or the data.
     """
 
-    data = Pairs
+    data = (Pairs,)
     monitor = "val/accuracy"
 
     def __init__(
@@ -59,7 +59,7 @@ class Verification(Task):
         levels: int = 2,
         normalized: bool = False,
         input_size: tuple[int, int, int] | None = None,
-        optimizer: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
         warmup: float = 0.05,
     ):

@@ -1,3 +1,19 @@
 """Where to sample the image: transforms from parameters to grids, and warping by a grid."""
 
-__all__: list[str] = []
+from visattn.attention.sampling.spatial_transformer import (
+    AffineTransformer,
+    IsotropicTransformer,
+    ProjectiveTransformer,
+    SimilarityTransformer,
+    SpatialTransformer,
+    ThinPlateTransformer,
+)
+
+__all__ = [
+    "AffineTransformer",
+    "IsotropicTransformer",
+    "ProjectiveTransformer",
+    "SimilarityTransformer",
+    "SpatialTransformer",
+    "ThinPlateTransformer",
+]

@@ -1,6 +1,7 @@
 """Bookstein: Principal Warps: Thin-Plate Splines and the Decomposition of Deformations (PAMI 1989)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -130,6 +131,7 @@ class ThinPlate(Transform):
     ):
         super().__init__()
         self.exact = points.detach().to("cpu", torch.float64, copy=True)
+        self.kept: tuple[Any, Tensor] | None = None
         check_control(self.exact)
         if not regularisation >= 0:
             raise ValueError(f"regularisation must not be negative, got {regularisation}")
@@ -163,14 +165,30 @@ class ThinPlate(Transform):
     def identity(self) -> Tensor:
         return self.control.detach().flatten()
 
+    def crop(self, scale: float, x: float, y: float) -> Tensor:
+        return (self.control.detach() * scale + self.control.new_tensor((x, y))).flatten()
+
     def grid(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.learned or size != self.size:
-            control = self.control.double() if self.learned else self.exact
+        control = self.control.to(parameters.dtype)
+        moved = (parameters.unflatten(1, (-1, 2)) - control).mT
+        still = torch.eye(2, dtype=moved.dtype, device=moved.device).expand(moved.shape[0], 2, 2)
+        pixels = centres(size, dtype=moved.dtype, device=moved.device)[:2]
+        # where nothing moves, the grid is that of the pixels to the last bit
+        return arrange(product(torch.cat((moved, still), 2), torch.cat((self.spread(size, moved), pixels))), size)
+
+    def spread(self, size: tuple[int, int], like: Tensor) -> Float[Tensor, "n m"]:
+        """Return the matrix from values at the control points to those at the pixels; that of the last size is kept."""
+        if not self.learned and size == self.size:
+            return self.matrix.to(like.dtype)
+        if self.learned or torch.compiler.is_compiling():
+            control = self.control.double()
             pixels = centres(size, dtype=control.dtype, device=control.device)[:2].mT
-            matrix = interpolation(pixels, control, self.regularisation).mT.to(parameters)
-        else:
-            matrix = self.matrix.to(parameters.dtype)
-        return arrange(product(parameters.unflatten(1, (-1, 2)).mT, matrix), size)
+            return interpolation(pixels, control, self.regularisation).mT.to(like)
+        if self.kept is None or self.kept[0] != (size, like.dtype, like.device):
+            pixels = centres(size, dtype=torch.float64, device="cpu")[:2].mT
+            matrix = interpolation(pixels, self.exact, self.regularisation).mT
+            self.kept = (size, like.dtype, like.device), matrix.contiguous().to(like)
+        return self.kept[1]
 
     def at(self, parameters: Tensor, points: Tensor) -> Tensor:
         solved = coefficients(self.control.double(), self.regularisation) if self.learned else self.coefficients

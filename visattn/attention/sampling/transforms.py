@@ -61,6 +61,10 @@ class Transform(nn.Module, ABC):
         with uncast(parameters.device):
             return self.at(parameters, points.to(parameters.dtype))
 
+    @abstractmethod
+    def crop(self, scale: float, x: float, y: float) -> Float[Tensor, "p"]:
+        """Return the parameters of a crop around a point, of a share of the height and width."""
+
     def compose(self, first: Float[Tensor, "b p"], second: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:
         """Return the parameters of warping by ``first``, and what this gives by ``second``.
 
@@ -80,6 +84,11 @@ class Matrix(Transform, ABC):
     @abstractmethod
     def parameters_of(self, matrix: Float[Tensor, "b r 3"]) -> Float[Tensor, "b p"]:
         """Return the parameters of matrices of this kind."""
+
+    def crop(self, scale: float, x: float, y: float) -> Tensor:
+        matrix = self.matrix(self.identity[None])
+        matrix[:, :2] = matrix.new_tensor([[scale, 0, x], [0, scale, y]])
+        return self.parameters_of(matrix)[0, -self.number :]
 
     def grid(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
         matrix = self.matrix(parameters)
@@ -249,6 +258,9 @@ class Composed(Transform):
     @property
     def identity(self) -> Tensor:
         return torch.cat((self.first.identity, self.second.identity))
+
+    def crop(self, scale: float, x: float, y: float) -> Tensor:
+        return torch.cat((self.first.crop(scale, x, y), self.second.identity))
 
     def grid(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
         first, second = parameters.split((self.first.number, self.second.number), 1)
