@@ -3,6 +3,7 @@
 from visattn.drawing.alignment import draw_alignment
 from visattn.drawing.bars import bars
 from visattn.drawing.film import film
+from visattn.drawing.generation import draw_generation, draw_samples, film_generation
 from visattn.drawing.grid import grid_of
 from visattn.drawing.overlay import overlay, upsample
 from visattn.drawing.patterns import draw_patterns
@@ -19,11 +20,14 @@ __all__ = [
     "bars",
     "denormalise",
     "draw_alignment",
+    "draw_generation",
     "draw_maps",
     "draw_patterns",
+    "draw_samples",
     "draw_warp",
     "drawable",
     "film",
+    "film_generation",
     "grid_of",
     "of_image",
     "overlay",

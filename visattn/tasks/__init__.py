@@ -2,15 +2,21 @@
 
 from visattn.tasks.base import Task
 from visattn.tasks.classification import Classification
+from visattn.tasks.generation import Generation
+from visattn.tasks.looking import Looking
 from visattn.tasks.pairs import Verification
 from visattn.tasks.run import Outcome, RunError
+from visattn.tasks.sketches import Sketches
 from visattn.tasks.watch import Alignment
 
 __all__ = [
     "Alignment",
     "Classification",
+    "Generation",
+    "Looking",
     "Outcome",
     "RunError",
+    "Sketches",
     "Task",
     "Verification",
 ]

@@ -1,0 +1,110 @@
+"""What networks that look at one place after another have in common: the roll-out, and a forward made of it."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from visattn.models.network import Classifier
+
+Policy = Literal["sample", "mean", "random", "centre"]
+
+
+class Rollout(NamedTuple):
+    """What networks saw and did on images: m roll-outs, those of an image one after the other; t glimpses.
+
+    An action chooses a location that is then looked at. There are as many as glimpses, or one fewer where the first
+    location was given or drawn without being asked.
+    """
+
+    logits: Float[Tensor, "m t k"]
+    """After each glimpse, of all glimpses so far."""
+    locations: Float[Tensor, "m t p"]
+    """Where it looked, within the image."""
+    log_probs: Float[Tensor, "m a"]
+    """Log-probability of each action by the policy."""
+    entropies: Float[Tensor, "m a"]
+    """Entropy of the policy before each action."""
+    baselines: Float[Tensor, "m a"]
+    """What the network guesses, before each action, that its reward will be."""
+    weights: Float[Tensor, "m t"]
+    """Of each glimpse in the last logits; they sum to one."""
+    halting: Float[Tensor, "m t"] | None = None
+    """Probability to stop after each glimpse, where the network halts by itself; they sum to one."""
+    informed: Float[Tensor, "m a"] | None = None
+    """Log-probability of each action by what was told the answer, where that drew them."""
+
+    @property
+    def glimpses(self) -> Int[Tensor, "m"]:
+        """How many glimpses are taken: until the probability to have stopped passes a half; without halting, all."""
+        return taken(self.stops)
+
+    @property
+    def stops(self) -> Float[Tensor, "m t"]:
+        """Probability to stop after each glimpse; without halting, all at the last."""
+        if self.halting is not None:
+            return self.halting
+        return F.pad(torch.zeros_like(self.weights[:, 1:]), (0, 1), value=1)
+
+    @property
+    def expected_glimpses(self) -> Float[Tensor, "m"]:
+        """How many glimpses are taken on average."""
+        return self.stops.flip(1).cumsum(1).sum(1)
+
+    @property
+    def decision(self) -> Float[Tensor, "m k"]:
+        """The logits after the last glimpse that is taken."""
+        return decided(self.logits, self.halting)
+
+
+def taken(halting: Float[Tensor, "m t"]) -> Int[Tensor, "m"]:
+    """Return after how many glimpses the probability to have stopped passes a half."""
+    return 1 + (halting.cumsum(1)[:, :-1] <= 0.5).sum(1)
+
+
+def decided(logits: Float[Tensor, "m t k"], halting: Float[Tensor, "m t"] | None) -> Float[Tensor, "m k"]:
+    """Return the logits after the last glimpse that is taken; compilers see through this, and not a tuple's own."""
+    if halting is None:
+        return logits[:, -1]
+    return logits.gather(1, (taken(halting) - 1)[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
+
+
+class Looker(Classifier):
+    """A classifier that looks at one place after another.
+
+    Its :meth:`forward` is the same in every call: each action is the mean of the policy, and the first location, where
+    the network begins anywhere, is the centre.
+    """
+
+    begins_anywhere: bool = False
+    """Whether the first location is drawn without being asked."""
+    informed: bool = False
+    """Whether :meth:`rollout` takes the answer, and something that is told it draws the actions."""
+
+    def rollout(
+        self,
+        images: Float[Tensor, "b c h w"],
+        *,
+        rollouts: int = 1,
+        policy: Policy = "sample",
+        first: Float[Tensor, "m p"] | None = None,
+        answer: Int[Tensor, "b"] | None = None,
+    ) -> Rollout:
+        """Look at images.
+
+        Args:
+            images: The images.
+            rollouts: How often each is looked at.
+            policy: Actions are drawn by the policy (``"sample"``), or are its ``"mean"``; or, to compare with, are
+                anywhere (``"random"``) or always at the ``"centre"``, the first location, too.
+            first: The first locations, of all roll-outs; None: as the network or ``policy`` has them.
+            answer: The classes, if something that is told them draws the actions.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        first = images.new_zeros(images.shape[0], 2) if self.begins_anywhere else None
+        rollout = self.rollout(images, policy="mean", first=first)
+        return decided(rollout.logits, rollout.halting)

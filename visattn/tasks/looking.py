@@ -1,0 +1,338 @@
+"""Learn where to look: networks that choose what they see of an image, trained by Lightning."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from pytorch_lightning.cli import ReduceLROnPlateau
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from visattn import models
+from visattn.data.canvas import Canvas
+from visattn.data.images import Images
+from visattn.data.transforms import Preprocess
+from visattn.models.looker import Looker, Rollout
+from visattn.models.policy import GaussianPolicy
+from visattn.models.recurrent_attention import RecurrentAttention
+from visattn.tasks.base import Task, found_class, trained_weights
+from visattn.tasks.recognition import Recognition
+from visattn.tasks.run import RunError
+
+MakeLooker = Callable[[Any], Looker]
+Reward = Literal["correct", "probability", "log_probability", "rise"]
+Baseline = Literal["none", "average", "learned", "leave_one_out"]
+Learning = Literal["reinforce", "wake_sleep"]
+DECAY = 0.99  # of the moving average, in a step
+SAMPLES = 10  # roll-outs of which a test averages the probabilities
+
+
+class Looking(Recognition):
+    r"""Train a network to look at an image place after place, and to say what it shows.
+
+    What is seen is learned by the cross entropy after the last glimpse, and where to look by rewards :math:`R`:
+
+    .. math:: \nabla = -\frac1M \sum_m \Bigl[\nabla \log p(y \mid a^m)
+        + \lambda \sum_t (R^m_t - b^m_t)\, \nabla \log \pi(a^m_t)\Bigr]
+
+    over :math:`M` roll-outs (arXiv:1406.6247). Wake-sleep learning (arXiv:1509.06812) has no reward: roll-outs count by
+    how well they explain the answer, :math:`w^m \propto p(y \mid a^m)\, \pi(a^m) / q(a^m)`, less what they count
+    without it,
+
+    .. math:: \nabla = -\sum_m \Bigl[w^m \nabla \log p(y \mid a^m)
+        + \lambda \bigl(w^m - \tilde w^m\bigr) \nabla \log \pi(a^m) + \lambda\, w^m \nabla \log q(a^m)\Bigr],
+        \quad \tilde w^m \propto \pi(a^m) / q(a^m)
+
+    where :math:`q` draws the actions: the policy itself, or what an ``informed`` network tells the answer.
+
+    A validation looks once, each action being the mean of the policy. A test does so from several first locations, and
+    reports the mean (``test/top1``), the worst and the best of them; one roll-out by chance (``top1_sampled``), the
+    mean probabilities of ten (``top1_M10``), and, to compare with, locations by chance alone (``top1_random``) and
+    always at the centre (``top1_centre``). Both draw the same numbers every time.
+
+    Args:
+        network: The network with its options; left out, :class:`~visattn.models.RecurrentAttention`. Classes, channels
+            and size of its input come from the data, unless they are among the options.
+        pretrained: Whether its encoder starts with its trained weights.
+        rollouts: How often each image is looked at in a step, :math:`M`.
+        reward: 1 for the ``"correct"`` class as in the paper, else 0; the ``"probability"`` of the true class, or its
+            ``"log_probability"``; or its ``"rise"`` by each glimpse, of which an action has those that come later.
+        baseline: What is subtracted from the reward: ``"none"``, its moving ``"average"``, what the network has
+            ``"learned"`` to expect, or the mean of the image's other roll-outs, ``"leave_one_out"``.
+        learning: ``"reinforce"`` or ``"wake_sleep"``.
+        policy_factor: Weight :math:`\lambda` in the loss of what teaches the policy; steps are summed.
+        entropy_factor: Weight of the policy's entropy, summed over the steps, which is to be great.
+        every_step: Weight of the mean cross entropy after the earlier glimpses, which the paper does not have.
+        ponder: Cost of a glimpse, for a network that halts by itself.
+        draws: From how many first locations a test looks, if the network begins anywhere.
+        optimizer: An optimizer with its options; left out, AdamW.
+        schedule: A schedule of torch with its options, stepped after every epoch; left out, the rate rises linearly
+            and falls to zero along a cosine, step by step.
+        warmup: Share of all steps in which the learning rate rises, without ``schedule``.
+
+    Raises:
+        ValueError: If an option is out of its range, or does not fit the others or the network.
+    """
+
+    data = (Canvas, Images)
+    monitor = "val/top1"
+    classes = Task.classes | {"network": models}
+
+    average: Tensor
+
+    def __init__(
+        self,
+        network: MakeLooker | None = None,
+        *,
+        pretrained: bool = False,
+        rollouts: int = 1,
+        reward: Reward = "correct",
+        baseline: Baseline = "learned",
+        learning: Learning = "reinforce",
+        policy_factor: float = 0.01,
+        entropy_factor: float = 0.0,
+        every_step: float = 0.0,
+        ponder: float = 0.0,
+        draws: int = 8,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+        warmup: float = 0.05,
+    ):
+        super().__init__(optimizer, schedule, pretrained)
+        network = network or RecurrentAttention  # no default, whose options a command line would hand on to another
+        if not issubclass(found_class(network), Looker):
+            raise ValueError(f"network must be one that looks, such as RecurrentAttention, got {network!r}")
+        for name, given, kinds in (("reward", reward, Reward), ("baseline", baseline, Baseline)):
+            if given not in get_args(kinds):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {given!r}")
+        if learning not in get_args(Learning):
+            raise ValueError(f"learning must be reinforce or wake_sleep, got {learning!r}")
+        for name, count in (("rollouts", rollouts), ("draws", draws)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        compares = learning if learning == "wake_sleep" else baseline
+        if compares in ("wake_sleep", "leave_one_out") and rollouts < 2:
+            raise ValueError(f"rollouts must be at least 2 for {compares}, which compares them, got {rollouts}")
+        factors = {"policy_factor": policy_factor, "entropy_factor": entropy_factor}
+        for name, factor in (factors | {"every_step": every_step, "ponder": ponder}).items():
+            if factor < 0:
+                raise ValueError(f"{name} must not be negative, got {factor}")
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+        self.save_hyperparameters(ignore=["_instantiator"])
+        self.remember(network=network)
+        if self.hparams["network"]["init_args"].get("pretrained"):
+            raise ValueError("pretrained must be given beside the network, not as an option of it")
+        self.network = network
+        if baseline == "average":
+            self.register_buffer("average", torch.zeros(()))
+
+    def expects(self) -> Preprocess | None:
+        """Return what the trained weights of the encoder expect of an image; None where it starts with none."""
+        if not self.pretrained:
+            return None
+        with torch.device("meta"):  # only what it says of itself is asked, not its weights
+            return Preprocess.of(timm.create_model(self._encoder()))
+
+    def _encoder(self) -> str:
+        """The name of the timm model that is in the network."""
+        options = self.hparams["network"]["init_args"]
+        name = options.get("encoder") or options.get("backbone")
+        if not name:
+            raise ValueError("pretrained must be false for a network without an encoder, got true")
+        return name
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        options = self.options(self.network, self.read_data())
+        make: Any = found_class(self.network)
+        if self.pretrained and self._trainer is not None:
+            with trained_weights(self._encoder()):
+                self.model = make(**options | {"pretrained": True})  # a command line says that it is not
+        else:  # without a trainer, or on the way to a checkpoint, the weights come from elsewhere
+            self.model = make(**options)
+        if self.model.informed and self.hparams["learning"] != "wake_sleep":
+            raise ValueError("learning must be wake_sleep for a network that is informed, got 'reinforce'")
+        self.num_classes = self.model.num_classes
+        self.check_entries(labels=self.labels)
+
+        def accuracies(*names: str) -> MetricCollection:
+            one = MulticlassAccuracy(self.num_classes, average="micro")
+            return MetricCollection({name: one.clone() for name in names}, compute_groups=False)
+
+        draws = self.hparams["draws"] if self.model.begins_anywhere else 1
+        self.val_scores, self.draws = accuracies("val/top1"), accuracies(*(f"draw{k}" for k in range(draws)))
+        self.test_scores = accuracies(*(f"test/top1_{kind}" for kind in ("sampled", f"M{SAMPLES}", "random", "centre")))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    # --- learning -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.policies = [module for module in self.model.modules() if isinstance(module, GaussianPolicy)]
+        self.steps = self.trainer.estimated_stepping_batches
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        for policy in self.policies:
+            policy.narrow(self.global_step / self.steps)
+
+    def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        h, rollouts = self.hparams, self.hparams["rollouts"]
+        images, targets = batch[0], batch[1]
+        rollout = self.model.rollout(images, rollouts=rollouts, answer=targets if self.model.informed else None)
+        targets = targets.repeat_interleave(rollouts)
+        log_p = wide(rollout.logits).log_softmax(-1)
+        truth = log_p.gather(-1, targets[:, None, None].expand(-1, log_p.shape[1], 1))[..., 0]
+        stops = rollout.stops
+        reward, returns = self.returns(log_p.detach(), targets, stops.detach(), rollout.log_probs.shape[1])
+        if not reward.isfinite().all():
+            raise RunError(f"reward is not finite at step {self.global_step} (epoch {self.current_epoch})")
+
+        likelihood = (stops * truth).sum(1)
+        if h["learning"] == "wake_sleep":
+            share, advantage = self.shares(rollout, likelihood.detach())
+        else:
+            share, advantage = torch.ones_like(likelihood), returns - self.expected(returns, rollout)
+        loss = -(share * likelihood).mean() - h["policy_factor"] * (advantage * rollout.log_probs).sum(1).mean()
+        if rollout.informed is not None:
+            loss = loss - h["policy_factor"] * (share * rollout.informed.sum(1)).mean()
+        if h["every_step"] and truth.shape[1] > 1:
+            loss = loss - h["every_step"] * (share * truth[:, :-1].mean(1)).mean()
+        if h["entropy_factor"]:
+            loss = loss - h["entropy_factor"] * rollout.entropies.sum(1).mean()
+        if h["ponder"]:
+            loss = loss + h["ponder"] * rollout.expected_glimpses.mean()
+        guess = (returns - rollout.baselines).square().sum() / max(1, returns.numel())
+        learns = h["baseline"] == "learned" and h["learning"] == "reinforce"
+        self.log_dict({"train/reward": reward.mean(), "train/cross_entropy": -likelihood.detach().mean()})
+        return loss + (guess if learns else 0 * guess)  # so all parameters have a gradient
+
+    def returns(
+        self, log_p: Float[Tensor, "m t k"], targets: Int[Tensor, "m"], stops: Float[Tensor, "m t"], actions: int
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m a"]]:
+        """Return the reward of each roll-out, and what of it comes after each action."""
+        kind = self.hparams["reward"]
+        if kind == "correct":
+            after = (log_p.argmax(-1) == targets[:, None]).to(log_p)
+        else:
+            after = log_p.gather(-1, targets[:, None, None].expand(-1, log_p.shape[1], 1))[..., 0]
+            after = after if kind == "log_probability" else after.exp()
+        reward = (stops * after).sum(1)
+        returns = reward[:, None].expand(-1, actions)
+        if kind == "rise":
+            before = F.pad(after[:, :-1], (1, 0), value=1 / log_p.shape[-1])
+            returns = returns - before[:, before.shape[1] - actions :]
+        return reward, returns
+
+    def expected(self, returns: Float[Tensor, "m a"], rollout: Rollout) -> Float[Tensor, "*m a"]:
+        """Return the baseline, of which no part is the reward that it is subtracted from."""
+        kind = self.hparams["baseline"]
+        if kind == "learned":
+            return rollout.baselines.detach()
+        if kind == "leave_one_out":
+            each = returns.unflatten(0, (-1, self.hparams["rollouts"]))
+            return ((each.sum(1, keepdim=True) - each) / (each.shape[1] - 1)).flatten(0, 1)
+        if kind == "none":
+            return torch.zeros_like(returns)
+        average = self.average.clone()
+        if returns.numel():
+            self.average.lerp_(mean_over_ranks(returns.mean()).to(average), 1 - DECAY)
+        return average.expand_as(returns)
+
+    def shares(
+        self, rollout: Rollout, likelihood: Float[Tensor, "m"]
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m 1"]]:
+        """Return how much each roll-out counts, one on average, and how much more than without the answer."""
+        prior = rollout.log_probs.detach().sum(1)
+        drawn = prior if rollout.informed is None else rollout.informed.detach().sum(1)
+        shape = (-1, self.hparams["rollouts"])
+        odds, likelihood = (prior - drawn).unflatten(0, shape), likelihood.unflatten(0, shape)
+        share, without = ((logits.softmax(1) * shape[1]).flatten() for logits in (odds + likelihood, odds))
+        return share, (share - without)[:, None]
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        images, targets = batch[0], batch[1].int()
+        with self.repeatable(batch_idx):
+            rollout = self.model.rollout(images, policy="mean")
+        self.report(rollout, targets, "val")
+        self.val_scores.update(rollout.decision, targets)
+        self.log_dict(self.val_scores, prog_bar=True, batch_size=len(images))
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        images, targets = batch[0], batch[1].int()
+        with self.repeatable(batch_idx):
+            drawn = self.model.rollout(images, rollouts=len(self.draws), policy="mean")
+            found = self.model.rollout(images, rollouts=SAMPLES)
+            chance, centre = (self.model.rollout(images, policy=policy).decision for policy in ("random", "centre"))
+        self.report(drawn, targets.repeat_interleave(len(self.draws)), "test")
+        for k, logits in enumerate(by_image(drawn.decision, len(self.draws)).unbind(1)):
+            self.draws[f"draw{k}"].update(logits, targets)
+        several = by_image(wide(found.decision).softmax(-1), SAMPLES)
+        seen = {"sampled": several[:, 0], f"M{SAMPLES}": several.mean(1), "random": chance, "centre": centre}
+        for kind, predictions in seen.items():
+            self.test_scores[f"test/top1_{kind}"].update(predictions, targets)
+        self.log_dict(self.test_scores, batch_size=len(images))
+
+    def on_test_epoch_end(self) -> None:
+        top1 = torch.stack([*self.draws.compute().values()])
+        self.draws.reset()
+        self.log_dict({"test/top1": top1.mean(), "test/top1_min": top1.min(), "test/top1_max": top1.max()})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the probabilities."""
+        return wide(self(batch[0] if isinstance(batch, (list, tuple)) else batch)).softmax(-1)
+
+    def report(self, rollout: Rollout, targets: Tensor, stage: str) -> None:
+        loss = F.cross_entropy(wide(rollout.decision), targets.long())
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        if rollout.halting is not None:
+            glimpses = rollout.glimpses.float().mean()
+            self.log(f"{stage}/glimpses", glimpses, sync_dist=True, batch_size=len(targets))
+
+    @contextmanager
+    def repeatable(self, batch_idx: int) -> Iterator[None]:
+        """Draw the same numbers in every evaluation, and none from where the training draws."""
+        with isolate_rng():
+            torch.manual_seed(batch_idx * self.trainer.world_size + self.global_rank)
+            yield
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What ``visattn.save`` is told beside the network."""
+        return {"labels": self.labels, "transform": self.preprocess, "task": "classification"}
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return numbers in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def by_image(x: Float[Tensor, "m k"], rollouts: int) -> Float[Tensor, "b r k"]:
+    """View rows as the roll-outs of each image."""
+    return x.unflatten(0, (-1, rollouts))
+
+
+def mean_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the mean of what all processes have."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
