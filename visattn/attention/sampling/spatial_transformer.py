@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -268,7 +268,39 @@ class IsotropicTransformer(SpatialTransformer):
         )
 
 
-class SimilarityTransformer(SpatialTransformer):
+class _MatrixTransformer(SpatialTransformer):
+    """A spatial transformer of one kind of matrix, which has no options of its own."""
+
+    kind: ClassVar[type[Transform]]
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        localiser: Localisation = "convolutional",
+        view: Size = 32,
+        output_size: Size | None = None,
+        heads: int = 1,
+        steps: int = 1,
+        jitter: float = 0.0,
+        padding: Padding = "zeros",
+        fill: Fill = None,
+    ):
+        super().__init__(
+            channels,
+            transform=self.kind(),
+            localiser=localiser,
+            view=view,
+            output_size=output_size,
+            heads=heads,
+            steps=steps,
+            jitter=jitter,
+            padding=padding,
+            fill=fill,
+        )
+
+
+class SimilarityTransformer(_MatrixTransformer):
     r"""Rotate, scale and shift a map.
 
     .. math:: V(q) = U\!\left(\begin{pmatrix} a & -b \\ b & a \end{pmatrix} q + t\right), \quad
@@ -295,34 +327,10 @@ class SimilarityTransformer(SpatialTransformer):
         torch.Size([2, 3, 32, 48])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        localiser: Localisation = "convolutional",
-        view: Size = 32,
-        output_size: Size | None = None,
-        heads: int = 1,
-        steps: int = 1,
-        jitter: float = 0.0,
-        padding: Padding = "zeros",
-        fill: Fill = None,
-    ):
-        super().__init__(
-            channels,
-            transform=Similarity(),
-            localiser=localiser,
-            view=view,
-            output_size=output_size,
-            heads=heads,
-            steps=steps,
-            jitter=jitter,
-            padding=padding,
-            fill=fill,
-        )
+    kind = Similarity
 
 
-class AffineTransformer(SpatialTransformer):
+class AffineTransformer(_MatrixTransformer):
     r"""Rotate, scale, shear and shift a map.
 
     .. math:: V(q) = U(A_\theta\, (q, 1)^\top), \quad A_\theta \in \mathbb{R}^{2 \times 3}
@@ -350,34 +358,10 @@ class AffineTransformer(SpatialTransformer):
         ['conv1__AffineTransformer']
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        localiser: Localisation = "convolutional",
-        view: Size = 32,
-        output_size: Size | None = None,
-        heads: int = 1,
-        steps: int = 1,
-        jitter: float = 0.0,
-        padding: Padding = "zeros",
-        fill: Fill = None,
-    ):
-        super().__init__(
-            channels,
-            transform=Affine(),
-            localiser=localiser,
-            view=view,
-            output_size=output_size,
-            heads=heads,
-            steps=steps,
-            jitter=jitter,
-            padding=padding,
-            fill=fill,
-        )
+    kind = Affine
 
 
-class ProjectiveTransformer(SpatialTransformer):
+class ProjectiveTransformer(_MatrixTransformer):
     r"""View a map as a plane from another side.
 
     .. math:: V(q) = U\!\left(\frac{(h_1^\top \tilde q,\; h_2^\top \tilde q)}{h_3^\top \tilde q}\right), \quad
@@ -404,31 +388,7 @@ class ProjectiveTransformer(SpatialTransformer):
         torch.Size([2, 1, 28, 28])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        localiser: Localisation = "convolutional",
-        view: Size = 32,
-        output_size: Size | None = None,
-        heads: int = 1,
-        steps: int = 1,
-        jitter: float = 0.0,
-        padding: Padding = "zeros",
-        fill: Fill = None,
-    ):
-        super().__init__(
-            channels,
-            transform=Projective(),
-            localiser=localiser,
-            view=view,
-            output_size=output_size,
-            heads=heads,
-            steps=steps,
-            jitter=jitter,
-            padding=padding,
-            fill=fill,
-        )
+    kind = Projective
 
 
 class ThinPlateTransformer(SpatialTransformer):
