@@ -37,6 +37,11 @@ def softmax(logits: Tensor, dim: int = -1) -> Tensor:
     return logits.softmax(dim, torch.promote_types(logits.dtype, torch.float32))
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return numbers in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def plain(x: Tensor) -> bool:
     """Does a compiler, an exporter, a tracer or a transform of ``torch.func`` look, which wants plain operations?"""
     return (

@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from visattn.attention.base import Built
-from visattn.attention.core import softmax, uncast
+from visattn.attention.core import softmax, uncast, wide
 from visattn.attention.sampling.gaussian_glimpse import GaussianGlimpse
 from visattn.models.looker import Looker, Policy, Rollout
-from visattn.models.recurrent_attention import Readout, named, vectors
+from visattn.models.network import at_least_one, named
+from visattn.models.recurrent_attention import Readout, vectors
 
 WINDOW = GaussianGlimpse.number
 
@@ -287,7 +288,9 @@ class DifferentiableGlimpseClassifier(Looker):
         self.encoder: nn.Module = nn.Flatten()
         seen = in_chans * patch**2
         if encoder:
-            self.encoder = named(encoder, in_chans=in_chans, pretrained=pretrained, **encoder_args or {})
+            self.encoder = named(
+                "encoder", encoder, num_classes=0, in_chans=in_chans, pretrained=pretrained, **encoder_args or {}
+            )
             seen = vectors(self.encoder, (in_chans, patch, patch))
         self.memory = Memory(seen, width)
         self.aim = nn.Linear(width, WINDOW)
@@ -305,15 +308,9 @@ class DifferentiableGlimpseClassifier(Looker):
         answer: Int[Tensor, "b"] | None = None,
     ) -> Rollout:
         """Look at images; see :meth:`Looker.rollout`. Given or random locations are those of the windows' centres."""
-        if rollouts < 1:
-            raise ValueError(f"rollouts must be at least 1, got {rollouts}")
-        if policy not in get_args(Policy):
-            raise ValueError(f"policy must be {' or '.join(get_args(Policy))}, got {policy!r}")
+        count = self.count(images, rollouts, policy, first)
         if answer is not None:
             raise ValueError("answer must be None: nothing that is told it draws actions")
-        count = images.shape[0] * rollouts
-        if first is not None and first.shape[0] != count:
-            raise ValueError(f"first must be a location for each of {count} roll-outs, got {first.shape[0]}")
         prepared, past = self.sensor.prepare(images), self.memory.begin(count)
         windows, states = [], []
         for t in range(self.glimpses):
@@ -367,18 +364,6 @@ def divergence(mean: Float[Tensor, "*b d"], log_spread: Float[Tensor, "*b d"]) -
         tensor([0., 2.])
     """
     return (mean.square() + torch.expm1(2 * log_spread) - 2 * log_spread).sum(-1) / 2
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return numbers in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def at_least_one(**counts: int) -> None:
-    """Raise a ``ValueError`` if any count is less than 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def fits(size: tuple[int, int], **patches: int) -> None:

@@ -1,6 +1,6 @@
 """What networks that look at one place after another have in common: the roll-out, and a forward made of it."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -103,6 +103,20 @@ class Looker(Classifier):
             answer: The classes, if something that is told them draws the actions.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def count(
+        images: Float[Tensor, "b c h w"], rollouts: int, policy: Policy, first: Float[Tensor, "m p"] | None
+    ) -> int:
+        """Return how many roll-outs there are in all, or raise a ``ValueError``."""
+        if rollouts < 1:
+            raise ValueError(f"rollouts must be at least 1, got {rollouts}")
+        if policy not in get_args(Policy):
+            raise ValueError(f"policy must be {' or '.join(get_args(Policy))}, got {policy!r}")
+        count = images.shape[0] * rollouts
+        if first is not None and first.shape[0] != count:
+            raise ValueError(f"first must be a location for each of {count} roll-outs, got {first.shape[0]}")
+        return count
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         first = images.new_zeros(images.shape[0], 2) if self.begins_anywhere else None

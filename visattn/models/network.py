@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -140,3 +141,20 @@ def look(backbone: nn.Module) -> Seen:
         seen.last, seen.maps = shell.forward_intermediates(image)
         seen.vector = shell.forward_head(seen.last, pre_logits=True)
     return seen
+
+
+def named(argument: str, name: str, own: Sequence[str] = (), **options: Any) -> nn.Module:
+    """Build the timm model that an argument names, which may also be one of ``own`` names."""
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        close = get_close_matches(name, [*own, *timm.list_models()])
+        kinds = f"{', '.join(own)} or " if own else ""
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ValueError(f"{argument} must be {kinds}the name of a timm model, got {name!r}{hint}")
+    return timm.create_model(name, **options)
+
+
+def at_least_one(**counts: int) -> None:
+    """Raise a ``ValueError`` if any count is less than 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")

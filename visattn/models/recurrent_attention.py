@@ -1,18 +1,17 @@
 """The recurrent attention model: glimpses of an image, one after another, chosen by what was seen before."""
 
 import math
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
-import timm
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.core import softmax, uncast
+from visattn.attention.core import softmax, uncast, wide
 from visattn.attention.sampling.retina import Retina
 from visattn.models.looker import Looker, Policy, Rollout, decided
+from visattn.models.network import at_least_one, named
 from visattn.models.policy import GaussianPolicy
 
 Core = Literal["rnn", "lstm"]
@@ -99,9 +98,7 @@ class RecurrentAttention(Looker):
         self.arguments.pop("pretrained", None)  # whoever builds it again has weights
         counts = {"num_classes": num_classes, "in_chans": in_chans, "glimpses": glimpses, "patch": patch}
         counts |= {"scales": scales, "width": width, "glimpse_width": glimpse_width, "location_width": location_width}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least_one(**counts)
         for name, given, kinds in (("core", core, Core), ("first", first, First), ("readout", readout, Readout)):
             if given not in get_args(kinds):
                 raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {given!r}")
@@ -114,12 +111,16 @@ class RecurrentAttention(Looker):
         self.informed = informed
         self.sensor = Retina(patch, scales=scales, zoom=zoom)
         self.sensor.prepare(torch.empty(1, in_chans, *size, device="meta"))  # raises if they are too small
+        reader = None
+        if encoder:
+            options = encoder_args or {}
+            reader = named("encoder", encoder, num_classes=0, in_chans=in_chans, pretrained=pretrained, **options)
         self.glimpse = GlimpseNetwork(
             in_chans,
             patch=patch,
             scales=scales,
             widths=(glimpse_width, location_width, width),
-            encoder=named(encoder, in_chans=in_chans, pretrained=pretrained, **encoder_args or {}) if encoder else None,
+            encoder=reader,
         )
         self.core: nn.Module = RectifiedCell(width) if core == "rnn" else nn.LSTMCell(width, width)
         self.locator = nn.Linear(width, 2)
@@ -141,18 +142,12 @@ class RecurrentAttention(Looker):
         first: Float[Tensor, "m 2"] | None = None,
         answer: Int[Tensor, "b"] | None = None,
     ) -> Rollout:
-        if rollouts < 1:
-            raise ValueError(f"rollouts must be at least 1, got {rollouts}")
-        if policy not in get_args(Policy):
-            raise ValueError(f"policy must be {' or '.join(get_args(Policy))}, got {policy!r}")
+        count = self.count(images, rollouts, policy, first)
         if answer is not None and not (self.guide and policy == "sample"):
             raise ValueError("answer must be None unless the network is informed, and samples")
-        count = len(images) * rollouts
         if first is None:
             anywhere = policy == "random" or (self.begins_anywhere and policy != "centre")
             first = self._act(images.new_zeros(count, 2), "random" if anywhere else "centre")
-        elif len(first) != count:
-            raise ValueError(f"first must be a location for each of {count} roll-outs, got {len(first)}")
         else:
             self.sensor.refuse_astray(first)
         return self._look(images, first, policy, None if answer is None else answer.repeat_interleave(rollouts))
@@ -166,7 +161,7 @@ class RecurrentAttention(Looker):
     ) -> Rollout:
         """Look from first locations on; what can be done for all glimpses at once is done behind the loop."""
         prepared = self.sensor.prepare(images)
-        actions = [first.to(torch.promote_types(first.dtype, torch.float32))]
+        actions = [wide(first)]
         states: list[Tensor] = []
         state = None
         for t in range(self.glimpses):
@@ -197,7 +192,7 @@ class RecurrentAttention(Looker):
         with uncast(states.device):
             states = states.to(self.locator.weight.dtype)
             mean = self.locator(states) if answer is None else self.guide(states, answer)  # type: ignore[misc]
-        return mean.to(torch.promote_types(mean.dtype, torch.float32))
+        return wide(mean)
 
     def _act(self, states: Tensor, policy: Policy, answer: Tensor | None = None) -> Tensor:
         if policy in ("random", "centre"):
@@ -305,7 +300,7 @@ def stopping(scores: Float[Tensor, "m t"]) -> Float[Tensor, "m t"]:
         >>> stopping(torch.tensor([[0.0, 0.0, -9.0]]))
         tensor([[0.5000, 0.2500, 0.2500]])
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = wide(scores)
     going = F.pad(F.logsigmoid(-scores[:, :-1]).cumsum(1), (1, 0))
     return (going + F.pad(F.logsigmoid(scores[:, :-1]), (0, 1))).exp()
 
@@ -321,12 +316,3 @@ def vectors(encoder: nn.Module, size: tuple[int, int, int]) -> int:
         raise ValueError(f"encoder {type(encoder).__name__} cannot read patches of {size}: {reason}") from error
     finally:
         encoder.train(training)
-
-
-def named(encoder: str, **options: Any) -> nn.Module:
-    """Build the timm model that is to read patches."""
-    if ":" not in encoder and not timm.is_model(encoder.partition(".")[0]):
-        close = get_close_matches(encoder, timm.list_models())
-        hint = f"; close: {', '.join(close)}" if close else ""
-        raise ValueError(f"encoder must be the name of a timm model, got {encoder!r}{hint}")
-    return timm.create_model(encoder, num_classes=0, **options)

@@ -1,9 +1,7 @@
 """The networks of spatial transformers: the paper's for digits, and any backbone of timm that reads warped images."""
 
-from difflib import get_close_matches
 from typing import Any, Literal
 
-import timm
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +18,7 @@ from visattn.attention.sampling.spatial_transformer import (
     ThinPlateTransformer,
 )
 from visattn.attention.sampling.warp import Padding
-from visattn.models.network import Classifier, Network, look
+from visattn.models.network import Classifier, Network, look, named
 
 TRANSFORMERS: dict[str, type[SpatialTransformer]] = {
     "isotropic": IsotropicTransformer,
@@ -170,7 +168,8 @@ class SpatialTransformerNetwork(Network):
         found: Any = localiser
         if localiser not in SMALL:
             shared = localiser == "shared"
-            trunk = self.backbone if shared else named(localiser, pretrained=pretrained, in_chans=channels)
+            options = {"pretrained": pretrained, "in_chans": channels}
+            trunk = self.backbone if shared else named("localiser", localiser, ("shared", *SMALL), **options)
             found = MapLocaliser(trunk, stage=stage, view=None if view is None else pair(view, "view"), shared=shared)
         own: dict[str, dict[str, Any]] = {"isotropic": {"scale": scale}, "thin_plate": {"points": points}}
         self.transformer = TRANSFORMERS[transform](
@@ -237,14 +236,3 @@ class MapLocaliser(nn.Module):
         (x,) = self.trunk.forward_intermediates(images, indices=[self.level], intermediates_only=True, stop_early=True)
         x = F.adaptive_avg_pool2d(self.narrow(x).relu(), self.grid)
         return self.connected(x.flatten(1)).relu()
-
-
-def named(localiser: str, **options: Any) -> nn.Module:
-    """Build the timm model that is to localise."""
-    if ":" not in localiser and not timm.is_model(localiser.partition(".")[0]):
-        close = get_close_matches(localiser, ["shared", *SMALL, *timm.list_models()])
-        raise ValueError(
-            f"localiser must be shared, {', '.join(SMALL)} or the name of a timm model, got {localiser!r}"
-            + (f"; close: {', '.join(close)}" if close else "")
-        )
-    return timm.create_model(localiser, **options)

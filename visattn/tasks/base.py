@@ -1,5 +1,6 @@
 """What all tasks have in common: optimisation, steps that can be repeated, checkpoints that name but never run."""
 
+import inspect
 import math
 import os
 from collections import defaultdict
@@ -15,6 +16,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -77,6 +79,14 @@ class Task(pl.LightningModule):
         with torch.device("meta"):  # only what it says of itself is asked, not its weights
             return Preprocess.of(timm.create_model(self.hparams["backbone"], **(self.hparams["backbone_args"] or {})))
 
+    def options(self, network: Any, known: dict[str, Any]) -> dict[str, Any]:
+        """Complete the options of a network, in the hyperparameters, by what is known, unless they say otherwise."""
+        options, parameters = self.hparams["network"]["init_args"], inspect.signature(found_class(network)).parameters
+        for name, value in known.items():  # a command line gives all options, those left unset as well
+            if name in parameters and options.get(name, parameters[name].default) == parameters[name].default:
+                options[name] = value
+        return options
+
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -123,6 +133,13 @@ class Task(pl.LightningModule):
         if not loss.isfinite():
             raise RunError(f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})")
         return loss
+
+    @contextmanager
+    def repeatable(self, batch_idx: int) -> Iterator[None]:
+        """Draw the same numbers in every evaluation, and none from where the training draws."""
+        with isolate_rng():
+            torch.manual_seed(batch_idx * self.trainer.world_size + self.global_rank)
+            yield
 
     # --- optimization -------------------------------------------------------------------------------------------------
 

@@ -1,15 +1,12 @@
 """Learn to draw: a network that makes images of nothing, trained by Lightning to tell those of the data."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from pytorch_lightning.cli import ReduceLROnPlateau
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -78,17 +75,14 @@ class Generation(Task):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        make: Any = found_class(self.network)
-        options, parameters = self.hparams["network"]["init_args"], inspect.signature(make).parameters
         data: Any = getattr(self._trainer, "datamodule", None)
+        known: dict[str, Any] = {}
         if data is not None:
             in_chans, *size = data.input_size
-            for name, value in {"in_chans": in_chans, "size": tuple(size)}.items():
-                if options.get(name, parameters[name].default) == parameters[name].default:  # as if it were left out
-                    options[name] = value
+            known = {"in_chans": in_chans, "size": tuple(size)}
             if data.preprocess:  # the network takes pixels from 0 to 1
                 self.preprocess = replace(data.preprocess, mean=(0.0,) * in_chans, std=(1.0,) * in_chans)
-        self.model = make(**options)
+        self.model = found_class(self.network)(**self.options(self.network, known))
 
     def forward(self, images: Tensor) -> Any:
         return self.model(images)
@@ -141,13 +135,6 @@ class Generation(Task):
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         raise ValueError("predict needs a network that says what images show, and this one draws: see its generate")
-
-    @contextmanager
-    def repeatable(self, batch_idx: int) -> Iterator[None]:
-        """Draw the same numbers in every evaluation, and none from where the training draws."""
-        with isolate_rng():
-            torch.manual_seed(batch_idx * self.trainer.world_size + self.global_rank)
-            yield
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

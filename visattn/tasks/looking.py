@@ -1,7 +1,6 @@
 """Learn where to look: networks that choose what they see of an image, trained by Lightning."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import timm
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from pytorch_lightning.cli import ReduceLROnPlateau
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -18,6 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from visattn import models
+from visattn.attention.core import wide
 from visattn.data.canvas import Canvas
 from visattn.data.images import Images
 from visattn.data.transforms import Preprocess
@@ -304,24 +303,12 @@ class Looking(Recognition):
             glimpses = rollout.glimpses.float().mean()
             self.log(f"{stage}/glimpses", glimpses, sync_dist=True, batch_size=len(targets))
 
-    @contextmanager
-    def repeatable(self, batch_idx: int) -> Iterator[None]:
-        """Draw the same numbers in every evaluation, and none from where the training draws."""
-        with isolate_rng():
-            torch.manual_seed(batch_idx * self.trainer.world_size + self.global_rank)
-            yield
-
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
     def described(self) -> dict[str, Any]:
         """What ``visattn.save`` is told beside the network."""
         return {"labels": self.labels, "transform": self.preprocess, "task": "classification"}
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return numbers in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def by_image(x: Float[Tensor, "m k"], rollouts: int) -> Float[Tensor, "b r k"]:

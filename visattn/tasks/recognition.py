@@ -1,12 +1,11 @@
 """What tasks have in common that say of which class an image is: the data fits the network, and labels are checked."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from visattn.tasks.base import Task, found_class
+from visattn.tasks.base import Task
 
 
 class Recognition(Task):
@@ -24,14 +23,6 @@ class Recognition(Task):
         self.labels, self.preprocess = getattr(data, "labels", None), getattr(data, "preprocess", None)
         known = {name: getattr(data, name) for name in ("num_classes", "in_chans") if hasattr(data, name)}
         return known | ({"size": tuple(data.input_size[1:])} if hasattr(data, "input_size") else {})
-
-    def options(self, network: Any, known: dict[str, Any]) -> dict[str, Any]:
-        """Complete the options of a network, in the hyperparameters, by what is known, unless they say otherwise."""
-        options, parameters = self.hparams["network"]["init_args"], inspect.signature(found_class(network)).parameters
-        for name, value in known.items():  # a command line gives all options, those left unset as well
-            if name in parameters and options.get(name, parameters[name].default) == parameters[name].default:
-                options[name] = value
-        return options
 
     def check_entries(self, **given: Sequence[Any] | None) -> None:
         """Raise a ``ValueError`` if anything that is given does not have one entry for each class."""

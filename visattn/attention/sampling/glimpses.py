@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from visattn.attention.core import wide
+
 SQUARE = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))
 """The corners of a patch, (x, y), in the order in which they are drawn."""
 
@@ -70,7 +72,7 @@ class Sensor(nn.Module, ABC):
     def wide(self, where: Tensor) -> Float[Tensor, "m p"]:
         if where.shape[1] != self.number:
             raise ValueError(f"where must be {self.number} numbers for a glimpse, got {where.shape[1]}")
-        return where.to(torch.promote_types(where.dtype, torch.float32))
+        return wide(where)
 
     def rollouts(self, where: Float[Tensor, "m p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b r p"]:
         """View rows as the roll-outs of each image, in at least float32.

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.core import uncast
+from visattn.attention.core import uncast, wide
 from visattn.attention.sampling.grids import arrange, centres, combine, product
 
 HORIZON = 1e-3
@@ -48,7 +48,7 @@ class Transform(nn.Module, ABC):
     def wide(self, parameters: Tensor) -> Float[Tensor, "b p"]:
         if parameters.shape[-1] != self.number:
             raise ValueError(f"parameters must be {self.number} for an image, got {parameters.shape[-1]}")
-        return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        return wide(parameters)
 
     def forward(self, parameters: Float[Tensor, "b p"], size: tuple[int, int]) -> Float[Tensor, "b h w 2"]:
         """Return the grid of an output of this height and width."""
