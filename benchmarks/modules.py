@@ -4,7 +4,8 @@ A counterpart is the same function in timm, torchvision or torch; where ours has
 equation reads, which makes the weights first and then reads by them. Prints a Markdown table for one thread of a
 processor. Ratios are medians over interleaved rounds with their quartiles, above 1 where ours is faster. Memory is what
 a call holds from the allocator at most. Each row has a process of its own, since what a process did before decides how
-dear fresh memory is. Where a matrix of all pairs would not fit, the row has fewer images.
+dear fresh memory is. Where a matrix of all pairs would not fit, the row has fewer images. A module without counterparts
+has no ratio, and is timed in two rounds.
 """
 
 import argparse
@@ -256,12 +257,14 @@ def main() -> None:
     done = {(row["module"], row["counterpart"], tuple(row["size"])) for row in rows}
     for name in args.only:
         for against in counterparts(name):
+            rounds = args.rounds if against else 2
             for size in dict.fromkeys(fitting(zoo()[name], size, against) for size in sizes):
                 if not size[0] or (name, against, size) in done:
                     continue
                 try:  # in a process of its own, whose end for want of memory leaves the others
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                        rows.append(pool.submit(row, name, against, size, args.compiled, args.rounds).result())
+                        future = pool.submit(row, name, against, size, args.compiled, rounds)
+                        rows.append(future.result())
                 except Exception as error:  # one that cannot be measured
                     print(name, against, size, type(error).__name__, error, file=sys.stderr, flush=True)
                     continue
