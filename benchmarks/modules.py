@@ -46,7 +46,8 @@ class Plain(nn.Module):
 
 
 def zoo() -> dict[str, type[Attention]]:
-    return {name: getattr(attention, name) for name in attention.__all__ if name != "Attention"}
+    """The modules on feature maps."""
+    return {n: getattr(attention, n) for n in attention.__all__ if n not in ("Attention", *attention.memory.__all__)}
 
 
 def make(cls: type[Attention], channels: int, size: tuple[int, int], **options: Any) -> Attention:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visattn.attention.base import Attention
+from visattn.attention.memory.core import MemoryAttention
 from visattn.surgery import Inserted
 
 
@@ -20,7 +21,8 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
 
     What was inserted, every other :class:`Attention` in the model, and the attention that timm itself owns: gates that
     have a module ``gate`` (squeeze-and-excitation, ECA, CBAM, …), and softmax attention, fused or not, in modules that
-    are called attention (batch, heads, queries, keys).
+    are called attention (batch, heads, queries, keys). Attention on a memory is left out: the network that asks it step
+    by step returns its maps.
 
     Args:
         model: The model, in eval mode; compiled is fine, it then runs as it was before compilation.
@@ -78,6 +80,8 @@ def _found(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
         if isinstance(module, Inserted) and not module.original:
             inside += (f"{name}.",)
             _put(ours, f"{module.site.name}/{type(module.attention).__name__}", module)
+        elif isinstance(module, MemoryAttention):  # the network that steps returns its maps
+            inside += (f"{name}.",)
         elif isinstance(module, Attention):
             inside += (f"{name}.",)
             _put(ours, f"{name}/{type(module).__name__}" if name else type(module).__name__, module)

@@ -75,7 +75,7 @@ class Case(NamedTuple):
 
 def gather() -> list[Case]:
     """The cases of all test files."""
-    files = sorted(Path(__file__).parent.glob("*/test_*.py"))
+    files = sorted(f for f in Path(__file__).parent.glob("*/test_*.py") if f.parent.name != "memory")
     own = [file for file in files if "\nCASES = [" in file.read_text("utf-8")]
     modules = [importlib.import_module(f"tests.attention.{file.parent.name}.{file.stem}") for file in own]
     return [case for module in modules for case in module.CASES]

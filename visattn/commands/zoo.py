@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visattn import attention
 from visattn.attention import Attention
+from visattn.attention.memory.core import MemoryAttention
 from visattn.commands import cell, show
 
 INPUT = (256, 14, 14)
@@ -51,10 +52,11 @@ def family(cls: type[Attention]) -> str:
 
 def describe(cls: type[Attention]) -> dict[str, Any]:
     """Return the row of a module with its default options."""
+    features = (INPUT[0],) * (2 if issubclass(cls, MemoryAttention) else 1)
     try:
-        module, sizes = cls(INPUT[0]), "any"
+        module, sizes = cls(*features), "any"
     except ValueError:
-        module, sizes = cls(INPUT[0], size=INPUT[1:]), "one"
+        module, sizes = cls(*features, size=INPUT[1:]), "one"
     place = cls.place
     return {
         "module": cls.__name__,
@@ -73,7 +75,12 @@ def describe(cls: type[Attention]) -> dict[str, Any]:
 
 
 def cost(module: Attention, size: tuple[int, int, int]) -> int:
-    """Return the multiply-adds of convolutions and matrix products for one map of this size."""
+    """Return the multiply-adds of convolutions and matrix products for one map of this size, asked once if at all."""
+    if isinstance(module, MemoryAttention):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            held = torch.randn(1, size[1] * size[2], size[0])
+            module.eval()(torch.randn(1, 1, size[0]), module.prepare(held, size=size[1:]))
+        return counter.get_total_flops() // 2
     given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
     maps = [p for p in given if p.kind is not p.VAR_POSITIONAL]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -84,6 +91,8 @@ def cost(module: Attention, size: tuple[int, int, int]) -> int:
 def weights(cls: type[Attention]) -> str:
     """Return the axes of what ``attend`` returns, as its signature states them."""
     kind = typing.get_type_hints(cls.attend)["return"]
+    if typing.get_origin(kind) is tuple:  # and a state
+        kind = typing.get_args(kind)[0]
     if issubclass(kind, tuple):
         return ", ".join(f"{name}: {part.dim_str}" for name, part in typing.get_type_hints(kind).items())
     return kind.dim_str

@@ -1,0 +1,58 @@
+import math
+
+import pytest
+import torch
+
+from tests.attention.memory.case import MEMORY, QUERY, MemoryCase, memory, queries
+from visattn.attention import AdditiveAttention
+
+CASES = [
+    MemoryCase(AdditiveAttention, {"width": 5}, lambda q, d: 5 * (q + d) + 2 * 5, 8970),
+    MemoryCase(AdditiveAttention, {}, lambda q, d: 512 * (q + d) + 2 * 512, 918528),
+]
+
+
+def test_is_the_paper_s_perceptron_on_query_and_region_together():
+    attention = CASES[0].lively()
+    held, (asked, *_) = memory(), queries()
+    weights, _ = attention.attend(asked, attention.prepare(held))
+    score = attention.score.weight[0]
+    joined = torch.cat((attention.query.weight, attention.key.weight), 1)  # W_a and U_a side by side
+    for b in range(2):
+        for r in range(3):
+            scores: list[float] = []
+            for region in held[b]:
+                hidden = joined @ torch.cat((asked[b, r], region)) + attention.key.bias
+                scores.append(
+                    sum(u * math.tanh(x) for u, x in zip(*(each.tolist() for each in (score, hidden)), strict=True))
+                )
+            exponentials = [math.exp(score) for score in scores]
+            expected = torch.tensor([each / sum(exponentials) for each in exponentials], dtype=torch.double)
+            torch.testing.assert_close(weights[b, r], expected, rtol=0, atol=1e-12)
+            found, _ = attention(asked, attention.prepare(held))
+            torch.testing.assert_close(found[b, r], expected @ held[b], rtol=0, atol=1e-12)
+
+
+def test_a_bias_of_all_scores_changes_nothing_and_one_of_the_perceptron_does():
+    attention = CASES[0].lively()
+    prepared, (asked, *_) = attention.prepare(memory()), queries()
+    before, _ = attention.attend(asked, prepared)
+    scores = attention.scores(asked, prepared)
+    torch.testing.assert_close((scores + 3).softmax(-1), before, rtol=0, atol=1e-12)
+    moved = prepared._replace(keys=prepared.keys + 3)
+    assert not torch.allclose(attention.attend(asked, moved)[0], before, atol=1e-3)
+
+
+def test_keys_are_made_once():
+    attention = CASES[0].lively()
+    made = []
+    attention.key.register_forward_hook(lambda *_: made.append(1))
+    prepared = attention.prepare(memory())
+    for query in queries(steps=4):
+        attention(query, prepared)
+    assert len(made) == 1
+
+
+def test_refuses_a_width_of_nothing():
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        AdditiveAttention(QUERY, MEMORY, width=0)
