@@ -133,7 +133,8 @@ def test_gradient_is_correct_in_a_direction(case):
     check_gradient(case, fast=True)
 
 
-@every_case_in_time
+@pytest.mark.slow
+@every_case
 def test_gradient_is_correct(case):
     check_gradient(case, fast=False)
 
