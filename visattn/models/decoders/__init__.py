@@ -1,6 +1,8 @@
 """Decoders: they say what is in a picture, word by word. ``__all__`` is the index."""
 
 from visattn.models.decoders.core import Decoder, Said
+from visattn.models.decoders.ensemble import Ensemble
+from visattn.models.decoders.search import Sentences, beam, sample
 from visattn.models.decoders.show_attend_and_tell import ShowAttendAndTell
 
-__all__ = ["Decoder", "Said", "ShowAttendAndTell"]
+__all__ = ["Decoder", "Ensemble", "Said", "Sentences", "ShowAttendAndTell", "beam", "sample"]

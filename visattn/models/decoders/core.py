@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from visattn.attention.base import Built
 from visattn.models.network import at_least_one
@@ -125,13 +126,9 @@ class Embedding(nn.Module):
         return torch.cat((self.begin(*words.shape[:2], 1), self.dropout(vectors)), 2)
 
 
-def stacked(maps: list[Any]) -> Any:
+def stacked(maps: Sequence[Any]) -> Any:
     """Put the maps of all steps side by side, behind the axes of images and sentences."""
-    if maps[0] is None:
-        return None
-    if isinstance(maps[0], Tensor):
-        return torch.stack(maps, 2)
-    return type(maps[0])(*(torch.stack(each, 2) for each in zip(*maps, strict=True)))
+    return tree_map(lambda *each: torch.stack(each, 2) if isinstance(each[0], Tensor) else None, *maps)
 
 
 def summary(
