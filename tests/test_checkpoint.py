@@ -13,9 +13,11 @@ from torch import nn
 
 import visattn
 from visattn import checkpoint
-from visattn.attention import CBAM, Attention, NonLocal, SqueezeExcitation
+from visattn.attention import CBAM, AdditiveAttention, Attention, NonLocal, SqueezeExcitation
 from visattn.checkpoint import CheckpointError, describe, load, save
 from visattn.data.transforms import Preprocess
+from visattn.models import Captioner
+from visattn.models.decoders import ShowAttendAndTell
 from visattn.surgery import Site, attach, insert, insertions, remove
 
 FILES = {"config.json", "model.safetensors", "visattn.safetensors", "card.md"}
@@ -176,6 +178,27 @@ def test_a_network_that_records_its_arguments(tmp_path):
     again = load(folder)
     assert torch.equal(again(x), module(x))
     assert (again.task, again.transform) == ("weighing", None)
+
+
+def test_a_network_that_was_told_what_to_make_its_parts_of(tmp_path):
+    decoder = partial(ShowAttendAndTell, hidden=8, embedding=8, attention=partial(AdditiveAttention, width=4))
+    captioner = Captioner(9, backbone="resnet10t", decoder=decoder, width=16).eval()
+    images, words = torch.randn(2, 3, 64, 64), torch.randint(9, (2, 3, 4))
+    save(captioner, tmp_path / "captioner", task="captioning")
+    again = load(tmp_path / "captioner")
+    assert torch.equal(again(images, words), captioner(images, words))
+    card = (tmp_path / "captioner" / "card.md").read_text()
+    assert "decoder=ShowAttendAndTell(hidden=8, embedding=8, attention=AdditiveAttention(width=4))" in card
+    config = tmp_path / "captioner" / "config.json"
+    config.write_text(config.read_text().replace("AdditiveAttention", "os.system"))
+    with pytest.raises(CheckpointError, match=r"it names the class os.system, unknown here"):
+        load(tmp_path / "captioner")
+
+
+def test_a_part_that_nobody_can_make_again_is_refused(tmp_path):
+    captioner = Captioner(9, backbone="resnet10t", decoder=lambda words, features: ShowAttendAndTell(words, features))
+    with pytest.raises(CheckpointError, match=r"argument decoder of Captioner .* must be text, a number, .* a class"):
+        save(captioner, tmp_path / "captioner", task="captioning")
 
 
 def test_a_callers_own_class_comes_from_the_caller(x, tmp_path):

@@ -1,6 +1,7 @@
 """Every configuration that ships fits the signatures, and says at its top what it does, on what, and how well."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,21 @@ def test_says_command_hardware_time_and_metric(file):
         assert re.search(rf"^# {what}: \S", header, re.MULTILINE), what
 
 
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_training_in_the_header_parses(file):
+    header = "".join(line[1:] for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    commands = re.findall(r"python train\.py (fit (?:[^\n]*\\\n)*[^\n]*)", header)
+    assert commands
+    for command in commands:
+        assert Parsed(shlex.split(command.replace("\\\n", " "))).config["fit"]["trainer"]
+
+
 def test_there_are_some():
     assert {file.stem for file in CONFIGS} >= {
         "quickstart",
         "classify_cifar10",
         "classify_folder",
         "classify_imagenet",
+        "glance_folder",
         "pairs_fashionmnist",
     }

@@ -8,8 +8,9 @@ A checkpoint is a folder:
 - ``card.md``: what it is, for people.
 
 A Lightning ``.ckpt`` loads alike if it holds what :func:`describe` gives as ``"visattn"``, and the weights as
-``"model.…"``. Classes are looked up by name in ``visattn.attention.__all__``, in ``visattn.models.__all__`` and
-among the caller's; nothing is imported because a file names it.
+``"model.…"``. Classes are looked up by name in ``visattn.attention.__all__``, in ``visattn.models.__all__``, in
+``visattn.models.decoders.__all__`` and among the caller's; nothing is imported because a file names it. What a
+network makes by calling a class, such as a decoder's attention, is ``{"makes": class, "arguments": …}`` there.
 """
 
 import json
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from visattn import attention, models
 from visattn.attention.base import Attention
 from visattn.data.transforms import Preprocess
+from visattn.models import decoders
 from visattn.surgery import Site, SurgeryError, attach, insertions, remove
 from visattn.version import __version__
 
@@ -234,9 +237,12 @@ def _plain(value: Any, what: str) -> Any:
         return [_plain(part, what) for part in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _plain(part, what) for key, part in value.items()}
+    make = value if isinstance(value, partial) else partial(value) if isinstance(value, type) else None
+    if make and not make.args and isinstance(make.func, type) and _own().get(make.func.__name__) is make.func:
+        return {"makes": make.func.__name__, "arguments": _plain(make.keywords, what)}
     raise CheckpointError(
-        f"{what} must be text, a number, True, False, None, or a list or dictionary of these to be saved, "
-        f"got a {type(value).__name__}"
+        f"{what} must be text, a number, True, False, None, a class of visattn or a partial of one, or a list or "
+        f"dictionary of these to be saved, got a {type(value).__name__}"
     )
 
 
@@ -309,14 +315,16 @@ def _card(model: nn.Module, config: dict[str, Any], folder: Path, said: str | No
     name = config.get("architecture") or type(model).__name__
     entries: dict[str, list[str]] = {}
     for entry in block["insertions"]:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in entry["arguments"].items() if key != "channels")
-        what = f"{entry['class']}({arguments}){', gated' if entry['gate'] else ''}"
+        arguments = {key: value for key, value in entry["arguments"].items() if key != "channels"}
+        what = f"{entry['class']}({_shown(arguments)}){', gated' if entry['gate'] else ''}"
         entries.setdefault(what, []).append(entry["site"]["name"])
     inserted = dict.fromkeys(what.partition("(")[0].rpartition(".")[2] for what in entries)
 
     lines = [f"# {name} with {', '.join(inserted)}" if inserted else f"# {name}", ""]
     lines += [said.strip(), ""] if said else []
     lines.append(f"- Network: {name}, {outside:,} parameters{' (not in this folder)' if block['only'] else ''}")
+    made = _shown({key: value for key, value in (block["model"] or {}).get("arguments", {}).items() if _makes(value)})
+    lines += [f"- Made with: {made}"] if made else []
     lines += [f"- Inserted: {what} at {', '.join(where)}" for what, where in entries.items()]
     lines += [f"- Inserted parameters: {inside:,}"] if entries else []
     lines += [f"- Task: {block['task']}"] if block["task"] else []
@@ -336,6 +344,19 @@ def _card(model: nn.Module, config: dict[str, Any], folder: Path, said: str | No
     if whole:
         lines += ["", f'Without what was inserted: `timm.create_model("local-dir:{folder.name}", pretrained=True)`.']
     return "\n".join(lines) + "\n"
+
+
+def _makes(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"makes", "arguments"}
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    """Arguments as one would write them."""
+
+    def text(value: Any) -> str:
+        return f"{value['makes']}({_shown(value['arguments'])})" if _makes(value) else repr(value)
+
+    return ", ".join(f"{key}={text(value)}" for key, value in arguments.items())
 
 
 def _versions() -> dict[str, str]:
@@ -451,7 +472,7 @@ def _checked(config: Any) -> dict[str, Any]:
 def _about(block: dict[str, Any]) -> dict[str, Any]:
     fields = block["transform"]
     try:
-        transform = None if fields is None else Preprocess(**{key: _tuples(value) for key, value in fields.items()})
+        transform = None if fields is None else Preprocess(**{key: _given(value) for key, value in fields.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"its transform is described wrongly: {_line(error)}") from error
     return {"transform": transform, "labels": block["labels"], "task": block["task"]}
@@ -523,7 +544,9 @@ def _inserted(entry: Any, classes: Sequence[type[nn.Module]]) -> tuple[Attention
 def _make(entry: Any, classes: Sequence[type[nn.Module]]) -> nn.Module:
     """Build what an entry of the description names, if it is known here."""
     try:
-        path, arguments = str(entry["class"]), {key: _tuples(value) for key, value in entry["arguments"].items()}
+        path, arguments = str(entry["class"]), {key: _given(value) for key, value in entry["arguments"].items()}
+    except CheckpointError:
+        raise
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"a module is described wrongly: {entry!r}") from error
     package, _, name = path.rpartition(".")
@@ -539,14 +562,21 @@ def _make(entry: Any, classes: Sequence[type[nn.Module]]) -> nn.Module:
 
 def _own() -> dict[str, Any]:
     """The classes that a checkpoint may name as they are."""
-    return {name: getattr(package, name) for package in (attention, models) for name in package.__all__}
+    return {name: getattr(package, name) for package in (attention, models, decoders) for name in package.__all__}
 
 
-def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, which is what the arguments of modules are."""
+def _given(value: Any) -> Any:
+    """An argument as it was: JSON's lists as tuples, which is what modules take, and what makes a module."""
     if isinstance(value, list):
-        return tuple(_tuples(part) for part in value)
-    return {key: _tuples(part) for key, part in value.items()} if isinstance(value, dict) else value
+        return tuple(_given(part) for part in value)
+    if not isinstance(value, dict):
+        return value
+    if not _makes(value):
+        return {key: _given(part) for key, part in value.items()}
+    cls = _own().get(str(value["makes"]))
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CheckpointError(f"it names the class {value['makes']}, unknown here")
+    return partial(cls, **_given(value["arguments"]))
 
 
 def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -97,6 +97,7 @@ def test_presets_have_the_papers_ranges():
         "cluttered_large": (100, 1, "anywhere", 0, one, "affine", 0, (8, 8)),
         "pairs": (100, 2, "anywhere", 0, one, "affine", 0, 0),
         "sums": (100, 2, "anywhere", 0, one, "affine", 0, 0),
+        "sequences": (100, 3, "anywhere", 0, one, "affine", 0, 0),
         "colocalised": (84, 1, "anywhere", 0, one, "affine", 0, (16, 6)),
         "addition": (42, 2, "anywhere", 45, (0.7, 1.2), "affine", 0, 0),
     }
@@ -113,13 +114,13 @@ def test_a_batch_holds_all_that_is_known(preset, digits):
         assert batch.transform.shape == (count, k, *kind)
         assert batch.boxes.shape == (count, k, 4)
         assert batch.digit_labels.shape == (count, k)
-        assert batch.labels.shape == (count,)
+        assert batch.labels.shape == ((count, 4) if preset == "sequences" else (count,))
         assert {part.dtype for part in batch} == {torch.float32, torch.int64}
         assert batch.images.dtype == batch.transform.dtype == torch.float32
     batch = made.batch(range(200))
     assert batch.images.amin() == 0
     assert 0.9 < batch.images.amax() <= 1
-    x0, y0, x1, y1 = batch.boxes.flatten(0, 1).T
+    x0, y0, x1, y1 = batch.boxes[batch.digit_labels >= 0].T
     for first, behind, end in ((x0, x1, layout.width), (y0, y1, layout.height)):
         assert first.min() >= 0
         assert behind.max() <= end
@@ -430,6 +431,52 @@ def test_sums_are_sums(preset):
     assert set(batch.labels.tolist()) == set(range(19))
 
 
+def test_sequences_are_read_from_left_to_right_and_end():
+    data = Canvas("sequences", batch_size=500)
+    data.setup()
+    assert (data.num_classes, data.targets, data.labels[0], data.labels[-1]) == (11, 4, "0", "end")
+    batch = data.splits["train"].batch(range(900))
+    for told, digits, boxes in zip(
+        *(part.tolist() for part in (batch.labels, batch.digit_labels, batch.boxes)), strict=True
+    ):
+        there = [digit for digit in digits if digit >= 0]
+        assert digits == there + [-1] * (3 - len(there))
+        assert told == there + [10] * (4 - len(there))
+        assert [any(box) for box in boxes] == [digit >= 0 for digit in digits]
+    lengths = (batch.digit_labels >= 0).sum(1)
+    assert chisquare(lengths.bincount()[1:]).pvalue > 0.01
+    first, second = (batch.transform[lengths > 1][:, k, 0, 2] for k in (0, 1))
+    assert (second <= first).all()  # the further to the right a digit lies, the more is taken away
+    assert batch.labels[:, 0].tolist() == data.splits["train"].split.targets[:900].tolist()
+    images, labels = next(iter(data.val_dataloader()))
+    assert labels.shape == (len(images), 4)
+
+
+def test_what_is_not_there_is_not_seen():
+    made = laid(noise(), size=(50, 200), digits=3, fewest=1, place="anywhere", target="sequence")
+    batch = made.batch(range(10))
+    inked = (batch.boxes[..., 2] - batch.boxes[..., 0]) * (batch.boxes[..., 3] - batch.boxes[..., 1])
+    assert torch.equal(inked > 0, batch.digit_labels >= 0)
+    for image, boxes in zip(batch.images[:, 0], batch.boxes.tolist(), strict=True):
+        elsewhere = image.clone()
+        for left, top, right, bottom in boxes:
+            elsewhere[top:bottom, left:right] = 0
+        assert image.any()
+        assert not elsewhere.any()
+    turned = laid(noise(), size=90, digits=3, fewest=1, place="anywhere", rotate=20.0, target="sequence").batch(
+        range(10)
+    )
+    assert torch.equal(turned.boxes.any(-1), turned.digit_labels >= 0)
+
+
+def test_a_sequence_of_fixed_length_shows_what_its_number_does(digits):
+    options = {"size": 100, "digits": 2, "place": "anywhere"}
+    ordered, told = (laid(digits, target=target, **options).batch(range(50)) for target in ("ordered", "sequence"))
+    assert torch.equal(ordered.images, told.images)
+    assert torch.equal(told.labels, F.pad(told.digit_labels, (0, 1), value=10))
+    assert torch.equal(ordered.labels, told.labels[:, 0] * 10 + told.labels[:, 1])
+
+
 def test_digits_in_channels_of_their_own_keep_their_order(digits):
     batch = canvases(digits, "addition").batch(range(100))
     assert torch.equal(batch.digit_labels[:, 0], torch.from_numpy(digits.targets[:100]))
@@ -576,8 +623,11 @@ def test_a_classifier_trains_on_it(tmp_path):
         ({"scale": (1.2, 0.7)}, r"scale must be two positive factors, the lesser first, got \(1.2, 0.7\)"),
         ({"place": "left"}, "place must be one of centre, anywhere, got 'left'"),
         ({"warp": "bent"}, "warp must be one of affine, projective, elastic, got 'bent'"),
-        ({"target": "product"}, "target must be one of ordered, pair, sum, got 'product'"),
+        ({"target": "product"}, "target must be one of ordered, pair, sum, sequence, got 'product'"),
         ({"target": "pair"}, "target='pair' needs two digits, got digits=1"),
+        ({"preset": "sums", "fewest": 1}, "fewest must be left out without target='sequence', got 1"),
+        ({"preset": "sequences", "fewest": 0}, "fewest must lie between 1 and digits=3, got 0"),
+        ({"preset": "sequences", "fewest": 4}, "fewest must lie between 1 and digits=3, got 4"),
         (
             {"preset": "addition", "in_chans": 3},
             "in_chans, mean and std must be left out where each digit has a channel",

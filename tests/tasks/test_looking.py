@@ -18,11 +18,12 @@ from torch.optim import Adam
 
 import visattn
 from visattn.data.canvas import Canvas
-from visattn.models import DigitClassifier, RecurrentAttention
+from visattn.models import DeepRecurrentAttention, DigitClassifier, RecurrentAttention
 from visattn.models.looker import Looker, Rollout
 from visattn.tasks import Looking, RunError
 from visattn.tasks.command_line import run_cli
 from visattn.tasks.looking import DECAY
+from visattn.tasks.run import Predictions
 
 SMALL = {"width": 24, "glimpse_width": 16, "location_width": 8, "glimpses": 3, "size": (12, 14), "patch": 6}
 
@@ -148,9 +149,9 @@ def test_two_rollouts_that_leave_one_out_are_right_on_average():
 
 
 def known() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logarithms of probabilities after each of three glimpses, of two roll-outs; answers; where they stop."""
+    """Logarithms of probabilities after each of three glimpses, of two roll-outs; answers to each; where they stop."""
     p = torch.tensor([[[0.2, 0.8], [0.6, 0.4], [0.7, 0.3]], [[0.5, 0.5], [0.1, 0.9], [0.4, 0.6]]])
-    return p.log(), torch.tensor([0, 0]), torch.tensor([[0.0, 0, 1], [0, 0, 1]])
+    return p.log(), torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0.0, 0, 1], [0, 0, 1]])
 
 
 @pytest.mark.parametrize(
@@ -169,16 +170,16 @@ def test_an_action_has_the_rewards_that_come_after_it(reward, rewards, after):
 
 
 def test_the_first_glimpse_rises_from_chance_where_it_was_chosen():
-    _, after = built(reward="rise").returns(*known(), 3)
+    _, after, _ = built(reward="rise").returns(*known(), 3)
     torch.testing.assert_close(after[:, 0], torch.tensor([0.7 - 0.5, 0.4 - 0.5]))
 
 
 def test_what_may_stop_is_rewarded_for_when_it_does():
     log_p, targets, _ = known()
     stops = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]])
-    reward, _ = built(reward="probability").returns(log_p, targets, stops, 2)
+    reward, *_ = built(reward="probability").returns(log_p, targets, stops, 2)
     torch.testing.assert_close(reward, torch.tensor([0.5 * 0.2 + 0.25 * 0.6 + 0.25 * 0.7, 0.1]))
-    reward, _ = built(reward="correct").returns(log_p, targets, stops, 2)
+    reward, *_ = built(reward="correct").returns(log_p, targets, stops, 2)
     torch.testing.assert_close(reward, torch.tensor([0.5, 0.0]))
 
 
@@ -352,6 +353,155 @@ def test_every_parameter_has_a_gradient_whatever_is_learned():
         assert [name for name, p in task.model.named_parameters() if p.grad is None] == []
 
 
+# --- several targets --------------------------------------------------------------------------------------------------
+
+DEEP = partial(
+    DeepRecurrentAttention,
+    width=16,
+    glimpse_width=12,
+    filters=(4, 4, 6),
+    context_filters=(2, 3, 4),
+    context=10,
+    patch=9,
+)
+THREE = partial(DEEP, size=(12, 14), targets=3, glimpses=2)
+
+
+class Chain(Looker):
+    """Names two targets: the first by an action, the second, that depends on both, by another."""
+
+    targets = 2
+
+    def __init__(self, num_classes: int = 2):
+        super().__init__()
+        self.num_classes, self.spread = num_classes, 0.4
+        self.mean = nn.Parameter(torch.tensor([0.1, 0.2], dtype=torch.float64))
+        self.guess = nn.Parameter(torch.tensor([0.8, 0.3], dtype=torch.float64))
+
+    @staticmethod
+    def logits(actions: torch.Tensor) -> torch.Tensor:
+        sure = 4 * actions.cumsum(-1) - 0.8
+        return torch.stack((torch.zeros_like(sure), sure), -1)
+
+    def rollout(self, images, *, rollouts=1, policy="sample", first=None, answer=None) -> Rollout:
+        m = len(images) * rollouts
+        actions = self.mean.detach() + self.spread * torch.randn(m, 2, dtype=torch.float64)
+        log_probs = Normal(self.mean, self.spread).log_prob(actions)
+        guesses, last = self.guess.expand(m, 2), torch.tensor([[0.0, 1.0]]).expand(m, 2)
+        return Rollout(self.logits(actions), actions[..., None], log_probs, guesses, guesses, last)
+
+
+def expected_chain(kind: str, mean: torch.Tensor, spread: float = 0.4) -> torch.Tensor:
+    """What both targets are worth, the second only behind a first that is right, by a sum over all actions."""
+    line = torch.linspace(-6, 6, 501, dtype=torch.float64) * spread
+    actions = torch.cartesian_prod(line, line)
+    p = Chain.logits(actions).softmax(-1)[..., 1]
+    right = (p > 0.5).double()
+    worth = right if kind == "correct" else p
+    weight = Normal(mean, spread).log_prob(actions).sum(-1).exp() * (line[1] - line[0]) ** 2
+    return (weight * (worth[:, 0] + right[:, 0] * worth[:, 1])).sum()
+
+
+@pytest.mark.parametrize("reward", ["correct", "probability"])
+def test_a_sequence_has_the_gradient_of_what_is_expected_up_to_the_first_wrong_target(reward):
+    mean, step = torch.tensor([0.1, 0.2], dtype=torch.float64), 1e-3
+    differences = [
+        (expected_chain(reward, mean + shift) - expected_chain(reward, mean - shift)) / (2 * step)
+        for shift in step * torch.eye(2, dtype=torch.float64)
+    ]
+    for baseline in ("none", "learned", "leave_one_out"):
+        task = built(Chain, rollouts=150_000, policy_factor=1.0, reward=reward, baseline=baseline)
+        task.training_loss((torch.zeros(1, 1, 1, 1), torch.tensor([[1, 1]]))).backward()
+        # 1 / σ times the deviation of the reward, by the root of the roll-outs: at most 0.01 here
+        torch.testing.assert_close(-task.model.mean.grad, torch.stack(differences), rtol=0, atol=0.03)
+    assert torch.stack(differences).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("actions", [6, 5])
+@pytest.mark.parametrize("reward", ["correct", "probability"])
+def test_what_follows_a_wrong_target_has_no_reward(reward, actions):
+    task, targets = built(THREE, reward=reward), torch.tensor([[0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 1]])
+    right = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 1, 1], [1, 1, 0]])
+    sure = 0.6 + 0.1 * torch.arange(12.0).view(4, 3) / 12
+    p = torch.rand(4, 6, 2)
+    for m in range(4):
+        for s in range(3):  # by the last of its two glimpses
+            named = targets[m, s] if right[m, s] else 1 - targets[m, s]
+            p[m, 2 * s + 1, named], p[m, 2 * s + 1, 1 - named] = sure[m, s], 1 - sure[m, s]
+    stops = torch.tensor([0.0, 1, 0, 1, 0, 1]).expand(4, -1)
+    found = task.returns(p.log(), targets.repeat_interleave(2, 1), stops, actions)
+    for m in range(4):
+        worth, counts = [], []
+        for s in range(3):
+            counts.append(float(all(right[m, :s])))
+            hit = float(right[m, s]) if reward == "correct" else p[m, 2 * s + 1, targets[m, s]].item()
+            worth.append(counts[-1] * hit)
+        assert found[0][m] == pytest.approx(sum(worth))
+        after = [sum(worth[t // 2 :]) for t in range(6 - actions, 6)]
+        assert found[1][m].tolist() == pytest.approx(after)
+        assert found[2][m].tolist() == [counts[t // 2] for t in range(6 - actions, 6)]
+
+
+def test_the_loss_of_a_sequence_is_the_papers():
+    task, images = built(THREE, every_step=0.5, policy_factor=0.3), torch.rand(5, 1, 12, 14)
+    torch.manual_seed(3)
+    p = task.model.rollout(images).logits[:, 1::2].softmax(-1)
+    targets = p.argmax(-1)
+    targets[0, 1] += 1 - 2 * (targets[0, 1] > 4)  # wrong in the middle, at the first, at the last; else right
+    targets[1, 0] += 1 - 2 * (targets[1, 0] > 4)
+    targets[2, 2] += 1 - 2 * (targets[2, 2] > 4)
+    wrong = [1, 0, 2, 3, 3]
+    torch.manual_seed(3)
+    found = task.training_loss((images, targets))
+    torch.manual_seed(3)
+    rollout = task.model.rollout(images)
+    log_p, expected, guesses = rollout.logits.log_softmax(-1), torch.zeros(()), []
+    for m in range(5):
+        for s in range(3):
+            expected = expected - (log_p[m, 2 * s + 1, targets[m, s]] + 0.5 * log_p[m, 2 * s, targets[m, s]]) / 5
+            if s > wrong[m]:
+                continue
+            for t in (2 * s, 2 * s + 1):
+                gap = wrong[m] - s - rollout.baselines[m, t]  # as many as are still named right
+                expected = expected - 0.3 * rollout.log_probs[m, t] * gap.detach() / 5
+                guesses.append(gap**2)
+    torch.testing.assert_close(found, expected + torch.stack(guesses).mean())
+    assert task.logged["train/reward"] == sum(wrong) / 5
+
+
+def test_gradients_of_a_sequence_go_only_where_the_paper_sends_them():
+    task, data = built(THREE, baseline="none", policy_factor=0.0), (torch.rand(4, 1, 12, 14), torch.zeros(4, 3).long())
+    found = {}
+    for factors in ({}, {"baseline": "learned"}, {"policy_factor": 1.0, "reward": "probability"}):
+        task.hparams.update({"baseline": "none", "policy_factor": 0.0, "reward": "correct"} | factors)
+        task.zero_grad()
+        torch.manual_seed(1)
+        task.training_loss(data).backward()
+        found[tuple(factors)] = {name: p.grad.clone() for name, p in task.model.named_parameters()}
+    named, guessed, chosen = found.values()
+    assert parts(named) == {"glimpse", "lower", "classifier"}
+    assert parts(guessed) == {"glimpse", "lower", "classifier", "baseline"}
+    assert parts(chosen) == {"glimpse", "lower", "classifier", "upper", "context", "locator"}
+
+
+def test_many_rollouts_of_a_sequence_are_rows_of_its_targets():
+    task = built(THREE, rollouts=4, reward="probability", baseline="leave_one_out")
+    images, targets = torch.rand(3, 1, 12, 14), torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    torch.manual_seed(3)
+    task.training_loss((images, targets))
+    torch.manual_seed(3)
+    logits = task.model.rollout(images, rollouts=4).logits
+    each = [nn.functional.cross_entropy(logits[m, 2 * s + 1], targets[m // 4, s]) for m in range(12) for s in range(3)]
+    torch.testing.assert_close(task.logged["train/cross_entropy"], 3 * torch.stack(each).mean().detach())
+
+
+def test_wake_sleep_weighs_whole_sequences():
+    task = built(THREE, learning="wake_sleep", rollouts=3, policy_factor=1.0)
+    task.training_loss((torch.rand(2, 1, 12, 14), torch.tensor([[1, 2, 3], [4, 5, 6]]))).backward()
+    found = {name: p.grad for name, p in task.model.named_parameters()}
+    assert parts(found) == {"glimpse", "lower", "classifier", "upper", "context", "locator"}
+
+
 # --- wake-sleep -------------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +633,32 @@ def test_every_form_of_a_checkpoint_gives_the_same_network(finished, canvas, tra
     torch.testing.assert_close(probabilities.sum(1), torch.ones(90))
 
 
+def test_trains_on_sequences_and_counts_whole_ones_and_targets(trainer, tmp_path):
+    task, data = Looking(partial(DEEP, glimpses=1)), Canvas("sequences", size=(40, 60), batch_size=64)
+    run = trainer(Predictions(), **FEW)
+    run.fit(task, datamodule=data)
+    assert (task.model.targets, task.model.num_classes, task.labels[-1]) == (4, 11, "end")
+    assert task.model.begins_anywhere is False
+    assert run.callback_metrics["val/top1"] <= run.callback_metrics["val/top1_target"]
+    run.test(task, datamodule=data, verbose=False)
+    assert {"test/top1", "test/top1_M10", "test/top1_random", "test/top1_target"} <= run.callback_metrics.keys()
+    assert visattn.load(tmp_path / "model")(torch.rand(2, 1, 40, 60)).shape == (2, 4, 11)
+    probabilities = torch.cat(run.predict(task, datamodule=data))
+    assert probabilities.shape == (179, 4, 11)
+    rows = [line.split(",") for line in (tmp_path / "predictions.csv").read_text().splitlines()]
+    assert rows[0] == ["image", *(f"{what}{place}" for place in range(1, 5) for what in ("label", "probability"))]
+    best = probabilities[5].max(-1)
+    assert rows[6][-8::2] == [task.labels[k] for k in best.indices]
+    assert rows[6][-7::2] == [f"{p:.4f}" for p in best.values]
+
+
+@pytest.mark.parametrize("preset", ["pairs", "sums"])
+def test_trains_on_what_two_digits_are(preset, trainer):
+    task = Looking(DEEP)
+    trainer(fast_dev_run=True).fit(task, datamodule=Canvas(preset, size=40, batch_size=8))
+    assert (task.model.targets, task.model.num_classes) == (1, {"pairs": 55, "sums": 19}[preset])
+
+
 class StopAt(Callback):
     """Ctrl-C at the start of an epoch."""
 
@@ -609,6 +785,45 @@ def test_the_mean_the_worst_and_the_best_of_the_first_locations(monkeypatch):
     assert [task.logged[f"test/{name}"] for name in ("top1", "top1_min", "top1_max")] == [0.625, 0.5, 0.75]
 
 
+class Sentences(Scripted):
+    """Names two targets."""
+
+    begins_anywhere, targets = False, 2
+
+    def rollout(self, images, *, rollouts=1, policy="sample", first=None, answer=None) -> Rollout:
+        found = super().rollout(images, rollouts=rollouts, policy=policy)
+        return found._replace(
+            logits=found.logits[:, 0], weights=torch.tensor([[0.0, 1.0]]).expand(len(found.logits), 2)
+        )
+
+
+def test_a_sequence_is_right_where_all_of_it_is(monkeypatch):
+    task = built(Sentences)
+
+    def sure(*classes: list[int]) -> torch.Tensor:
+        return torch.eye(3)[torch.tensor(classes)]
+
+    targets = torch.tensor([[0, 1], [2, 2]])
+    task.model.said = {
+        ("mean", 1): sure([0, 2], [2, 2]),
+        ("sample", 10): sure(*targets.tolist()).repeat_interleave(10, 0),
+        ("random", 1): sure([0, 0], [2, 1]),
+        ("centre", 1): sure([0, 0], [2, 2]),
+    }
+    monkeypatch.setattr(type(task), "trainer", type("One", (), {"world_size": 1})())
+    images = torch.zeros(2, 1, 1, 1)
+    task.validation_step((images, targets), 0)
+    scores = {name: metric.compute().item() for name, metric in task.val_scores.items()}
+    assert scores == {"val/top1": 0.5, "val/top1_target": 0.75}
+    logits = task.model.said["mean", 1].flatten(0, 1)
+    torch.testing.assert_close(task.logged["val/loss"], 2 * nn.functional.cross_entropy(logits, targets.flatten()))
+    task.test_step((images, targets), 0)
+    scores = {name.removeprefix("test/top1_"): metric.compute().item() for name, metric in task.test_scores.items()}
+    assert scores == {"sampled": 1.0, "M10": 1.0, "random": 0.0, "centre": 0.5, "target": 0.75}
+    task.on_test_epoch_end()
+    assert [task.logged[f"test/{name}"] for name in ("top1", "top1_min", "top1_max")] == [0.5, 0.5, 0.5]
+
+
 def test_a_network_that_begins_at_the_centre_has_one_draw():
     assert len(built(partial(RecurrentAttention, **SMALL, first="centre")).draws) == 1
     assert len(built().draws) == 8
@@ -687,6 +902,31 @@ def test_a_reward_that_is_no_number_ends_the_run_and_says_when(reward):
     nn.init.constant_(task.model.classifier.bias, math.nan)
     with pytest.raises(RunError, match=r"reward is not finite at step 0 \(epoch 0\)"):
         task.training_loss(batch())
+
+
+def test_refuses_a_sequence_whose_reward_is_no_number_and_rewards_it_cannot_have():
+    task = built(THREE, reward="probability")
+    nn.init.constant_(task.model.classifier[-1].bias, math.nan)
+    with pytest.raises(RunError, match=r"reward is not finite at step 0 \(epoch 0\)"):
+        task.training_loss((torch.rand(2, 1, 12, 14), torch.zeros(2, 3).long()))
+    for reward in ("rise", "log_probability"):
+        with pytest.raises(
+            ValueError, match=f"correct or probability for a network of several targets, got '{reward}'"
+        ):
+            built(THREE, reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("network", "labels", "message"),
+    [
+        (THREE, (2,), r"labels must be of shape \(2, 3\), as the network names, got \(2,\)"),
+        (THREE, (2, 4), r"labels must be of shape \(2, 3\), as the network names, got \(2, 4\)"),
+        (None, (2, 3), r"labels must be of shape \(2,\), as the network names, got \(2, 3\)"),
+    ],
+)
+def test_refuses_labels_of_another_number_than_targets(network, labels, message):
+    with pytest.raises(ValueError, match=message):
+        built(network).on_before_batch_transfer((torch.zeros(2, 1, 12, 14), torch.zeros(labels).long()), 0)
 
 
 def test_refuses_labels_out_of_range():

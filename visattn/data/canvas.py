@@ -21,7 +21,7 @@ from visattn.data.transforms import Preprocess, spread
 
 Place = Literal["centre", "anywhere"]
 Warp = Literal["affine", "projective", "elastic"]
-Target = Literal["ordered", "pair", "sum"]
+Target = Literal["ordered", "pair", "sum", "sequence"]
 Preset = Literal[
     "plain",
     "rotated",
@@ -34,12 +34,14 @@ Preset = Literal[
     "cluttered_large",
     "pairs",
     "sums",
+    "sequences",
     "colocalised",
     "addition",
 ]
 DIGIT = 28  # height and width of MNIST's images
 TRIES = 16  # how often corners are moved until they span a convex quadrilateral
 CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+END = "end"  # what the label behind the last of a sequence is called
 FAR = 1e4  # where points beyond the horizon of a homography go
 
 
@@ -50,6 +52,8 @@ class Layout:
     Args:
         size: Height and width, or one number for both.
         digits: How many digits there are.
+        fewest: How many there are at least, for sequences: all numbers from it to ``digits`` are equally likely; None:
+            always ``digits``.
         place: Where they are: in the centre, or anywhere on the canvas, at whole pixels if they are neither rotated nor
             scaled nor warped. There the first and the last row and column are as likely as others.
         rotate: Greatest angle of rotation, in degrees, either way.
@@ -60,7 +64,8 @@ class Layout:
         patches: How many square patches of other digits' images are strewn over the canvas (over each channel).
         patch_size: Height and width of a patch.
         target: What is to be told: the digits from left to right as one number, of one digit its class; which two
-            digits there are in any order; or their sum.
+            digits there are in any order; their sum; or the class of each from left to right, as a sequence in which
+            the rest is filled with a class of its own, at least once.
         separate: Whether each digit has a channel of its own. Otherwise overlapping ones are added, and clipped at 1.
 
     Raises:
@@ -69,6 +74,7 @@ class Layout:
 
     size: int | tuple[int, int] = DIGIT
     digits: int = 1
+    fewest: int | None = None
     place: Place = "centre"
     rotate: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
@@ -96,6 +102,10 @@ class Layout:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.target == "pair" and self.digits != 2:
             raise ValueError(f"target='pair' needs two digits, got digits={self.digits}")
+        if self.fewest is not None and self.target != "sequence":
+            raise ValueError(f"fewest must be left out without target='sequence', got {self.fewest}")
+        if self.fewest is not None and not 1 <= self.fewest <= self.digits:
+            raise ValueError(f"fewest must lie between 1 and digits={self.digits}, got {self.fewest}")
 
     @property
     def height(self) -> int:
@@ -127,6 +137,7 @@ PRESETS: dict[Preset, Layout] = {
     "cluttered_large": Layout(100, place="anywhere", patches=8),
     "pairs": Layout(100, digits=2, place="anywhere", target="pair"),
     "sums": Layout(100, digits=2, place="anywhere", target="sum"),
+    "sequences": Layout(100, digits=3, fewest=1, place="anywhere", target="sequence"),
     "colocalised": Layout(84, place="anywhere", patches=16, patch_size=6),
     "addition": Layout(42, digits=2, place="anywhere", rotate=45.0, scale=(0.7, 1.2), target="sum", separate=True),
 }
@@ -138,12 +149,12 @@ class CanvasBatch(NamedTuple):
     images: Tensor
     """(b, c, h, w)."""
     labels: Tensor
-    """(b), what is to be told."""
+    """(b), what is to be told; of sequences (b, k + 1)."""
     boxes: Tensor
     """(b, k, 4), the first column and row of what is seen of each digit, and those behind its last; zeros if nothing.
     Seen is what is brighter than a tenth, whatever else lies there."""
     digit_labels: Tensor
-    """(b, k), the class of each digit."""
+    """(b, k), the class of each digit; -1 behind the last, where there are fewer than ``digits``."""
     transform: Tensor
     """Where each digit comes from, as :func:`mapped` takes it: (b, k, 2, 3), (b, k, 3, 3) or (b, k, 16, 2)."""
 
@@ -375,12 +386,16 @@ class Canvases(Dataset):
         layout, height, width = self.layout, self.layout.height, self.layout.width
         chance = Chance(self.seed, zlib.crc32(self.called.encode()), epoch if self.train else 0, first[:, 0].numpy())
         chosen = torch.cat((first, self.others(first, layout.digits - 1, chance)), 1)
-        corner, transform = self.placed(chance)
-        labels, layers = self.targets[chosen], self.digits[chosen]
+        least = layout.digits if layout.fewest is None else layout.fewest
+        count = chance.below(layout.digits - least + 1, 1) + least if least < layout.digits else least
+        absent = (torch.arange(layout.digits) >= count).expand(chosen.shape)
+        corner, transform = self.placed(chance, absent)
+        labels = self.targets[chosen].masked_fill(absent, -1)
+        layers = self.digits[chosen].masked_fill(absent[..., None, None], 0)
         if layout.exact:
             images = torch.zeros(len(first), layout.channels, height * width)
             put(images, layers, corner, width)
-            boxes = self.boxes[chosen]
+            boxes = self.boxes[chosen].masked_fill(absent[..., None], 0)
             boxes = boxes + corner.repeat(1, 1, 2) * boxes.any(-1, keepdim=True)
         else:
             grid = mapped(pixel_centres(height, width), transform).reshape(-1, height, width, 2)
@@ -397,7 +412,7 @@ class Canvases(Dataset):
         """Draw digits other than the first."""
         return (first + 1 + chance.below(len(self) - 1, count)) % len(self)
 
-    def placed(self, chance: Chance) -> tuple[Tensor, Tensor]:
+    def placed(self, chance: Chance, absent: Tensor) -> tuple[Tensor, Tensor]:
         """Draw where digits are: the column and row of their first pixels, if those are whole, and the transforms."""
         layout, k = self.layout, self.layout.digits
         canvas = torch.tensor((layout.width, layout.height), dtype=torch.float64)
@@ -412,7 +427,7 @@ class Canvases(Dataset):
         else:
             centre = scale * digit / 2 + where * (canvas - scale * digit)
         if not layout.separate:
-            ordered = centre[..., :1].argsort(1)
+            ordered = centre[..., :1].masked_fill(absent[..., None], torch.inf).argsort(1)
             centre, scale, angle = (each.take_along_dim(ordered, 1) for each in (centre, scale, angle))
 
         cos, sin = angle.cos(), angle.sin()
@@ -447,6 +462,8 @@ class Canvases(Dataset):
 
     def told(self, labels: Tensor) -> Tensor:
         """Turn the classes of digits into what is to be told of them."""
+        if self.layout.target == "sequence":
+            return F.pad(labels.masked_fill(labels < 0, self.classes), (0, 1), value=self.classes)
         if self.layout.target == "sum":
             return labels.sum(1)
         if self.layout.target == "ordered":
@@ -476,6 +493,8 @@ def put(canvas: Tensor, layers: Tensor, corner: Tensor, width: int) -> None:
 
 def told_as(labels: list[str], layout: Layout) -> list[str]:
     """Return what the classes of a target are called, given what those of digits are."""
+    if layout.target == "sequence":
+        return [*labels, END]
     if layout.target == "ordered":
         return [", ".join(names) for names in itertools.product(labels, repeat=layout.digits)]
     if layout.target == "pair":
@@ -497,7 +516,8 @@ class Canvas(pl.LightningDataModule):
     6 × 6 patches), ``colocalised`` (84 × 84 with sixteen), ``addition`` (two digits in channels of 42 × 42) · those of
     recurrent attention (arXiv:1406.6247): ``translated`` (60 × 60), ``cluttered_recurrent`` (with four 8 × 8 patches),
     ``cluttered_large`` (100 × 100, with eight) · those of its sequel (arXiv:1412.7755): ``pairs`` and ``sums`` of two
-    digits on 100 × 100. How many patches the papers have on 100 × 100 is not certain: set ``patches``.
+    digits on 100 × 100, and ``sequences`` of one to three, which it has of house numbers. How many patches the papers
+    have on 100 × 100 is not certain: set ``patches``.
 
     Options left out are the preset's. Batches are (images, labels), all of :class:`CanvasBatch` with ``described``, and
     (images, names) for prediction.
@@ -509,6 +529,7 @@ class Canvas(pl.LightningDataModule):
         download: Whether to download a known set that is not there.
         size: Height and width of the canvas, or one number for both.
         digits: How many digits there are.
+        fewest: How many there are at least, for sequences.
         place: Where they are: in the centre or anywhere.
         rotate: Greatest angle of rotation, in degrees, either way.
         scale: Least and greatest factor of a digit's size.
@@ -516,7 +537,8 @@ class Canvas(pl.LightningDataModule):
         jitter: Standard deviation of these movements, in pixels.
         patches: How many patches of other digits are strewn over the canvas.
         patch_size: Height and width of a patch.
-        target: What is to be told: the digits from left to right, which two there are in any order, or their sum.
+        target: What is to be told: the digits from left to right as one number, which two there are in any order, their
+            sum, or each of them as a sequence with an end, of which labels have a column for each place.
         separate: Whether each digit has a channel of its own.
         in_chans: Channels of the input, 1 or 3 alike; left out, what a pretrained model expects, else 1.
         mean: Mean of each channel, on the scale from 0 to 1; left out, what a pretrained model expects, else 0.
@@ -556,6 +578,7 @@ class Canvas(pl.LightningDataModule):
         download: bool = False,
         size: int | tuple[int, int] | None = None,
         digits: int | None = None,
+        fewest: int | None = None,
         place: Place | None = None,
         rotate: float | None = None,
         scale: tuple[float, float] | None = None,
@@ -587,6 +610,7 @@ class Canvas(pl.LightningDataModule):
         changes: dict[str, Any] = {
             "size": size,
             "digits": digits,
+            "fewest": fewest,
             "place": place,
             "rotate": rotate,
             "scale": scale,
@@ -627,6 +651,11 @@ class Canvas(pl.LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are to tell."""
         return len(self.labels)
+
+    @property
+    def targets(self) -> int:
+        """How many labels a canvas has."""
+        return self.layout.digits + 1 if self.layout.target == "sequence" else 1
 
     def prepare_data(self) -> None:
         if self.download:

@@ -80,6 +80,8 @@ class Looker(Classifier):
 
     begins_anywhere: bool = False
     """Whether the first location is drawn without being asked."""
+    targets: int = 1
+    """How many targets it names one after another, each by the logits after the last of equally many glimpses."""
     informed: bool = False
     """Whether :meth:`rollout` takes the answer, and something that is told it draws the actions."""
 

@@ -2,16 +2,19 @@
 
 from visattn.tasks.base import Task
 from visattn.tasks.classification import Classification
+from visattn.tasks.focusing import Focusing
 from visattn.tasks.generation import Generation
 from visattn.tasks.looking import Looking
 from visattn.tasks.pairs import Verification
 from visattn.tasks.run import Outcome, RunError
 from visattn.tasks.sketches import Sketches
-from visattn.tasks.watch import Alignment
+from visattn.tasks.watch import Alignment, Gaze
 
 __all__ = [
     "Alignment",
     "Classification",
+    "Focusing",
+    "Gaze",
     "Generation",
     "Looking",
     "Outcome",

@@ -6,21 +6,20 @@ from typing import Any, Literal, get_args
 import timm
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pytorch_lightning.cli import ReduceLROnPlateau
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, MetricCollection
 
 from visattn import models
 from visattn.attention.core import wide
 from visattn.data.canvas import Canvas
 from visattn.data.images import Images
 from visattn.data.transforms import Preprocess
-from visattn.models.looker import Looker, Rollout
+from visattn.models.looker import Looker, Policy, Rollout
 from visattn.models.policy import GaussianPolicy
 from visattn.models.recurrent_attention import RecurrentAttention
 from visattn.tasks.base import Task, found_class, trained_weights
@@ -53,18 +52,24 @@ class Looking(Recognition):
 
     where :math:`q` draws the actions: the policy itself, or what an ``informed`` network tells the answer.
 
+    Where several targets are named one after another (arXiv:1412.7755), :math:`p(y \mid a)` is that of all of them. An
+    action has the rewards of its own target and of later ones, up to the first that is named wrong: what follows has no
+    reward, and teaches the policy nothing.
+
     A validation looks once, each action being the mean of the policy. A test does so from several first locations, and
     reports the mean (``test/top1``), the worst and the best of them; one roll-out by chance (``top1_sampled``), the
     mean probabilities of ten (``top1_M10``), and, to compare with, locations by chance alone (``top1_random``) and
-    always at the centre (``top1_centre``). Both draw the same numbers every time.
+    always at the centre (``top1_centre``). Several targets must all be named right; ``val/top1_target`` and
+    ``test/top1_target`` count each of them. Both draw the same numbers every time.
 
     Args:
-        network: The network with its options; left out, :class:`~visattn.models.RecurrentAttention`. Classes, channels
-            and size of its input come from the data, unless they are among the options.
+        network: The network with its options; left out, :class:`~visattn.models.RecurrentAttention`. Classes, targets,
+            channels and size of its input come from the data, unless they are among the options.
         pretrained: Whether its encoder starts with its trained weights.
         rollouts: How often each image is looked at in a step, :math:`M`.
         reward: 1 for the ``"correct"`` class as in the paper, else 0; the ``"probability"`` of the true class, or its
-            ``"log_probability"``; or its ``"rise"`` by each glimpse, of which an action has those that come later.
+            ``"log_probability"``; or its ``"rise"`` by each glimpse, of which an action has those that come later. The
+            last two are for one target.
         baseline: What is subtracted from the reward: ``"none"``, its moving ``"average"``, what the network has
             ``"learned"`` to expect, or the mean of the image's other roll-outs, ``"leave_one_out"``.
         learning: ``"reinforce"`` or ``"wake_sleep"``.
@@ -85,6 +90,8 @@ class Looking(Recognition):
     data = (Canvas, Images)
     monitor = "val/top1"
     classes = Task.classes | {"network": models}
+    validates: Policy = "mean"
+    """By which policy a validation looks."""
 
     average: Tensor
 
@@ -153,7 +160,8 @@ class Looking(Recognition):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        options = self.options(self.network, self.read_data())
+        known = self.read_data() | {"targets": getattr(getattr(self._trainer, "datamodule", None), "targets", 1)}
+        options = self.options(self.network, known)
         make: Any = found_class(self.network)
         if self.pretrained and self._trainer is not None:
             with trained_weights(self._encoder()):
@@ -162,16 +170,28 @@ class Looking(Recognition):
             self.model = make(**options)
         if self.model.informed and self.hparams["learning"] != "wake_sleep":
             raise ValueError("learning must be wake_sleep for a network that is informed, got 'reinforce'")
+        several = self.model.targets > 1
+        if several and self.hparams["reward"] not in ("correct", "probability"):
+            kind = self.hparams["reward"]
+            raise ValueError(f"reward must be correct or probability for a network of several targets, got {kind!r}")
         self.num_classes = self.model.num_classes
         self.check_entries(labels=self.labels)
 
         def accuracies(*names: str) -> MetricCollection:
-            one = MulticlassAccuracy(self.num_classes, average="micro")
-            return MetricCollection({name: one.clone() for name in names}, compute_groups=False)
+            return MetricCollection({name: MeanMetric() for name in names}, compute_groups=False)
 
         draws = self.hparams["draws"] if self.model.begins_anywhere else 1
-        self.val_scores, self.draws = accuracies("val/top1"), accuracies(*(f"draw{k}" for k in range(draws)))
-        self.test_scores = accuracies(*(f"test/top1_{kind}" for kind in ("sampled", f"M{SAMPLES}", "random", "centre")))
+        self.val_scores = accuracies("val/top1", *["val/top1_target"] * several)
+        self.draws = accuracies(*(f"draw{k}" for k in range(draws)))
+        kinds = ("sampled", f"M{SAMPLES}", "random", "centre", *["target"] * several)
+        self.test_scores = accuracies(*(f"test/top1_{kind}" for kind in kinds))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+            shape = (len(batch[0]), self.model.targets)[: 1 + (self.model.targets > 1)]
+            if batch[1].shape != shape:
+                raise ValueError(f"labels must be of shape {shape}, as the network names, got {tuple(batch[1].shape)}")
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -192,11 +212,12 @@ class Looking(Recognition):
         h, rollouts = self.hparams, self.hparams["rollouts"]
         images, targets = batch[0], batch[1]
         rollout = self.model.rollout(images, rollouts=rollouts, answer=targets if self.model.informed else None)
-        targets = targets.repeat_interleave(rollouts)
-        log_p = wide(rollout.logits).log_softmax(-1)
-        truth = log_p.gather(-1, targets[:, None, None].expand(-1, log_p.shape[1], 1))[..., 0]
-        stops = rollout.stops
-        reward, returns = self.returns(log_p.detach(), targets, stops.detach(), rollout.log_probs.shape[1])
+        log_p, count = wide(rollout.logits).log_softmax(-1), self.model.targets
+        glimpses = log_p.shape[1] // count  # for each target
+        targets = columns(targets).repeat_interleave(rollouts, 0).repeat_interleave(glimpses, 1)
+        truth = log_p.gather(-1, targets[..., None])[..., 0]
+        stops = rollout.stops[:, -glimpses:].repeat(1, count)
+        reward, returns, counts = self.returns(log_p.detach(), targets, stops.detach(), rollout.log_probs.shape[1])
         if not reward.isfinite().all():
             raise RunError(f"reward is not finite at step {self.global_step} (epoch {self.current_epoch})")
 
@@ -204,37 +225,53 @@ class Looking(Recognition):
         if h["learning"] == "wake_sleep":
             share, advantage = self.shares(rollout, likelihood.detach())
         else:
-            share, advantage = torch.ones_like(likelihood), returns - self.expected(returns, rollout)
+            share, advantage = torch.ones_like(likelihood), counts * (returns - self.expected(returns, rollout))
         loss = -(share * likelihood).mean() - h["policy_factor"] * (advantage * rollout.log_probs).sum(1).mean()
         if rollout.informed is not None:
             loss = loss - h["policy_factor"] * (share * rollout.informed.sum(1)).mean()
-        if h["every_step"] and truth.shape[1] > 1:
-            loss = loss - h["every_step"] * (share * truth[:, :-1].mean(1)).mean()
+        if h["every_step"] and glimpses > 1:
+            earlier = by_target(truth, count)[..., :-1].mean(-1).sum(1)
+            loss = loss - h["every_step"] * (share * earlier).mean()
         if h["entropy_factor"]:
             loss = loss - h["entropy_factor"] * rollout.entropies.sum(1).mean()
         if h["ponder"]:
             loss = loss + h["ponder"] * rollout.expected_glimpses.mean()
-        guess = (returns - rollout.baselines).square().sum() / max(1, returns.numel())
+        guess = (counts * (returns - rollout.baselines).square()).sum() / counts.sum().clamp_min(1)
         learns = h["baseline"] == "learned" and h["learning"] == "reinforce"
         self.log_dict({"train/reward": reward.mean(), "train/cross_entropy": -likelihood.detach().mean()})
         return loss + (guess if learns else 0 * guess)  # so all parameters have a gradient
 
     def returns(
-        self, log_p: Float[Tensor, "m t k"], targets: Int[Tensor, "m"], stops: Float[Tensor, "m t"], actions: int
-    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m a"]]:
-        """Return the reward of each roll-out, and what of it comes after each action."""
-        kind = self.hparams["reward"]
-        if kind == "correct":
-            after = (log_p.argmax(-1) == targets[:, None]).to(log_p)
-        else:
-            after = log_p.gather(-1, targets[:, None, None].expand(-1, log_p.shape[1], 1))[..., 0]
-            after = after if kind == "log_probability" else after.exp()
-        reward = (stops * after).sum(1)
-        returns = reward[:, None].expand(-1, actions)
+        self, log_p: Float[Tensor, "m t k"], targets: Int[Tensor, "m t"], stops: Float[Tensor, "m t"], actions: int
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m a"], Float[Tensor, "m a"]]:
+        """Return the reward of each roll-out, what of it comes after each action, and which actions count (1, else 0).
+
+        Those do that are not behind a target that was named wrong.
+
+        Args:
+            log_p: Logarithms of the probabilities of classes after each glimpse.
+            targets: What is to be named after each.
+            stops: The probability that each is the last one for its target.
+            actions: How many glimpses were chosen; these are the last ones.
+        """
+        kind, (_, steps, classes) = self.hparams["reward"], log_p.shape
+        right = (log_p.argmax(-1) == targets).to(log_p)
+        after = right if kind == "correct" else log_p.gather(-1, targets[..., None])[..., 0]
+        after = after.exp() if kind in ("probability", "rise") else after
+
+        def at_end(x: Tensor) -> Tensor:
+            return by_target(stops * x, self.model.targets).sum(-1)
+
+        def of_actions(x: Tensor) -> Tensor:
+            return x.repeat_interleave(steps // self.model.targets, 1)[:, steps - actions :]
+
+        counts = F.pad(at_end(right)[:, :-1].cumprod(1), (1, 0), value=1.0)
+        rewards = counts * at_end(after)
+        returns = of_actions(rewards.flip(1).cumsum(1).flip(1))
         if kind == "rise":
-            before = F.pad(after[:, :-1], (1, 0), value=1 / log_p.shape[-1])
-            returns = returns - before[:, before.shape[1] - actions :]
-        return reward, returns
+            before = F.pad(after[:, :-1], (1, 0), value=1 / classes)
+            returns = returns - before[:, steps - actions :]
+        return rewards.sum(1), returns, of_actions(counts)
 
     def expected(self, returns: Float[Tensor, "m a"], rollout: Rollout) -> Float[Tensor, "*m a"]:
         """Return the baseline, of which no part is the reward that it is subtracted from."""
@@ -265,26 +302,27 @@ class Looking(Recognition):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        images, targets = batch[0], batch[1].int()
+        images, targets = batch[0], columns(batch[1])
         with self.repeatable(batch_idx):
-            rollout = self.model.rollout(images, policy="mean")
-        self.report(rollout, targets, "val")
-        self.val_scores.update(rollout.decision, targets)
+            rollout = self.model.rollout(images, policy=self.validates)
+        right = self.report(rollout, targets, "val")
+        update(self.val_scores, {"val/top1": right.all(1), "val/top1_target": right})
         self.log_dict(self.val_scores, prog_bar=True, batch_size=len(images))
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        images, targets = batch[0], batch[1].int()
+        images, targets = batch[0], columns(batch[1])
         with self.repeatable(batch_idx):
             drawn = self.model.rollout(images, rollouts=len(self.draws), policy="mean")
             found = self.model.rollout(images, rollouts=SAMPLES)
-            chance, centre = (self.model.rollout(images, policy=policy).decision for policy in ("random", "centre"))
-        self.report(drawn, targets.repeat_interleave(len(self.draws)), "test")
-        for k, logits in enumerate(by_image(drawn.decision, len(self.draws)).unbind(1)):
-            self.draws[f"draw{k}"].update(logits, targets)
-        several = by_image(wide(found.decision).softmax(-1), SAMPLES)
-        seen = {"sampled": several[:, 0], f"M{SAMPLES}": several.mean(1), "random": chance, "centre": centre}
-        for kind, predictions in seen.items():
-            self.test_scores[f"test/top1_{kind}"].update(predictions, targets)
+            controls = {policy: self.model.rollout(images, policy=policy) for policy in ("random", "centre")}
+        right = self.report(drawn, targets.repeat_interleave(len(self.draws), 0), "test")
+        each = by_image(right.all(1), len(self.draws))
+        update(self.draws, {f"draw{k}": hits for k, hits in enumerate(each.unbind(1))})
+        several = by_image(wide(self.decisions(found)).softmax(-1), SAMPLES)
+        seen = {"sampled": several[:, 0], f"M{SAMPLES}": several.mean(1)}
+        seen |= {policy: self.decisions(rollout) for policy, rollout in controls.items()}
+        named = {f"test/top1_{kind}": (said.argmax(-1) == targets).all(1) for kind, said in seen.items()}
+        update(self.test_scores, named | {"test/top1_target": right})
         self.log_dict(self.test_scores, batch_size=len(images))
 
     def on_test_epoch_end(self) -> None:
@@ -296,12 +334,21 @@ class Looking(Recognition):
         """Return the probabilities."""
         return wide(self(batch[0] if isinstance(batch, (list, tuple)) else batch)).softmax(-1)
 
-    def report(self, rollout: Rollout, targets: Tensor, stage: str) -> None:
-        loss = F.cross_entropy(wide(rollout.decision), targets.long())
+    def decisions(self, rollout: Rollout) -> Float[Tensor, "m s k"]:
+        """Return the logits of each target."""
+        if self.model.targets == 1:
+            return rollout.decision[:, None]
+        return by_target(rollout.logits, self.model.targets)[:, :, -1]
+
+    def report(self, rollout: Rollout, targets: Int[Tensor, "m s"], stage: str) -> Bool[Tensor, "m s"]:
+        """Log the loss, and how many glimpses are taken, and return which targets are named right."""
+        logits = self.decisions(rollout)
+        loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten()) * targets.shape[1]
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
         if rollout.halting is not None:
             glimpses = rollout.glimpses.float().mean()
             self.log(f"{stage}/glimpses", glimpses, sync_dist=True, batch_size=len(targets))
+        return logits.argmax(-1) == targets
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -311,9 +358,25 @@ class Looking(Recognition):
         return {"labels": self.labels, "transform": self.preprocess, "task": "classification"}
 
 
-def by_image(x: Float[Tensor, "m k"], rollouts: int) -> Float[Tensor, "b r k"]:
+def by_image(x: Tensor, rollouts: int) -> Tensor:
     """View rows as the roll-outs of each image."""
     return x.unflatten(0, (-1, rollouts))
+
+
+def by_target(x: Tensor, targets: int) -> Tensor:
+    """View glimpses as those for each target."""
+    return x.unflatten(1, (targets, -1))
+
+
+def columns(targets: Int[Tensor, "b *s"]) -> Int[Tensor, "b s"]:
+    """View targets as columns, one where each image has one."""
+    return targets[:, None] if targets.ndim == 1 else targets
+
+
+def update(scores: MetricCollection, right: dict[str, Bool[Tensor, "*n"]]) -> None:
+    """Count what is right, for those scores that there are."""
+    for name in map(str, scores):
+        scores[name].update(right[name].float())
 
 
 def mean_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -196,6 +196,8 @@ class Outcome(Callback):
 class Predictions(Callback):
     """Writes what ``predict`` finds to ``predictions.csv``: a row an image, its best labels with their probabilities.
 
+    Where several targets are named one after another, these are the best label of each.
+
     Args:
         most: How many labels a row has at most.
     """
@@ -205,8 +207,9 @@ class Predictions(Callback):
         self.rows: list[list[Any]] = []
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        best = outputs.cpu().topk(min(self.most, outputs.shape[1]))
-        labels = pl_module.labels or [str(number) for number in range(outputs.shape[1])]
+        several, classes = outputs.ndim == 3, outputs.shape[-1]
+        best = outputs.cpu().max(-1) if several else outputs.cpu().topk(min(self.most, classes))
+        labels = pl_module.labels or [str(number) for number in range(classes)]
         for name, probabilities, numbers in zip(batch[1], best.values.tolist(), best.indices.tolist(), strict=True):
             pairs = zip((labels[number] for number in numbers), (f"{p:.4f}" for p in probabilities), strict=True)
             self.rows.append([name, *(value for pair in pairs for value in pair)])

@@ -1,0 +1,133 @@
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import visattn
+from visattn.models.captioner import Captioner
+from visattn.models.decoders import Decoder, ShowAttendAndTell
+
+SMALL = partial(ShowAttendAndTell, hidden=16, embedding=16)
+BACKBONES = {  # the last map of each, at the size of its images
+    "mobilenetv2_050": ((3, 96, 128), (3, 4)),
+    "vit_tiny_patch16_224": ((3, 224, 224), (14, 14)),
+    "vit_small_patch16_dinov3": ((3, 96, 96), (6, 6)),
+    "swin_tiny_patch4_window7_224": ((3, 224, 224), (7, 7)),
+    "convnext_atto": ((3, 64, 96), (2, 3)),
+}
+
+
+def captioner(backbone: str = "resnet10t", **options) -> Captioner:
+    return Captioner(20, backbone=backbone, decoder=SMALL, **options).eval()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_any_backbone_is_a_grid_of_regions_that_is_never_resized(backbone):
+    size, grid = BACKBONES[backbone]
+    args = {"img_size": size[1:]} if "dinov3" in backbone else None
+    model, images = captioner(backbone, backbone_args=args), torch.randn(2, *size)
+    memory, found = model.regions(model.features(images))
+    assert found == grid
+    assert memory.shape == (2, grid[0] * grid[1], model.backbone.num_features)
+    assert model(images, torch.randint(20, (2, 5, 3))).shape == (2, 5, 4, 20)
+
+
+def test_regions_are_the_positions_row_by_row():
+    model, images = captioner(), torch.randn(2, 3, 64, 96)
+    plain = model.backbone.forward_features(images)
+    memory, (height, width) = model.regions(model.features(images))
+    for row in range(height):
+        for column in range(width):
+            assert torch.equal(memory[:, row * width + column], plain[:, :, row, column])
+
+
+def test_regions_are_narrowed_and_look_at_each_other():
+    narrow, blocks = captioner(width=32), captioner(width=32, layers=2)
+    features = torch.randn(2, 512, 2, 3)
+    other = features.clone()
+    other[:, :, 0, 0] += 1
+    for model, mixed in ((narrow, False), (blocks, True)):
+        one, two = model.regions(features).memory, model.regions(other).memory
+        assert one.shape == (2, 6, 32)
+        assert not torch.equal(one[:, 0], two[:, 0])
+        assert torch.equal(one[:, 1:], two[:, 1:]) != mixed
+
+
+def test_captions_are_said_of_many_images_as_of_each_alone():
+    model, images = captioner(), torch.randn(3, 3, 64, 64)
+    together = model.caption(images, width=2, longest=6)
+    for i in range(3):
+        alone = model.caption(images[i : i + 1], width=2, longest=6)
+        torch.testing.assert_close(together.scores[i], alone.scores[0], rtol=0, atol=1e-4)
+    assert together.maps.shape[3] == 4
+
+
+def test_a_backbone_runs_once_for_all_captions_of_an_image():
+    model, calls = captioner(), []
+    model.backbone.conv1.register_forward_hook(lambda module, given, _: calls.append(len(given[0])))
+    model(torch.randn(2, 3, 64, 64), torch.randint(20, (2, 5, 3)))
+    assert calls == [2]
+
+
+def test_what_is_inserted_into_the_backbone_is_used():
+    backbone = timm.create_model("resnet10t", num_classes=0)
+    images = torch.randn(2, 3, 64, 64)
+    visattn.insert(backbone, visattn.SqueezeExcitation, at="stages", gate=None)
+    model = captioner(backbone)
+    before = model.features(images)
+    nn.init.constant_(next(iter(backbone.visattn.parameters())), 3.0)
+    assert not torch.equal(model.features(images), before)
+
+
+def test_features_of_a_frozen_backbone_say_the_same():
+    model, images = captioner(width=16), torch.randn(2, 3, 64, 64)
+    words = torch.randint(20, (2, 5, 3))
+    kept = model.features(images)
+    torch.testing.assert_close(model.decoder(model.ready(kept), words).features, model.told(images, words).features)
+
+
+def test_learns_a_sentence_by_heart():
+    torch.manual_seed(0)
+    model = Captioner(12, backbone="resnet10t", decoder=partial(SMALL, dropout=0.0), width=16).train()
+    images = torch.randn(2, 3, 32, 32)
+    words = torch.tensor([[[3, 4, 5, 0]], [[6, 7, 0, 0]]])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        logits = model(images, words[..., :-1])
+        nn.functional.cross_entropy(logits.flatten(0, 2), words.flatten()).backward()
+        optimizer.step()
+    model.decoder.eval()
+    with torch.no_grad():
+        said = model.caption(images, width=3)
+    assert said.words[0, 0, :4].tolist() == [3, 4, 5, 0]
+    assert said.words[1, 0, :3].tolist() == [6, 7, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
+        ({"end": 20}, "end must be one of 20 words, got 20"),
+        ({"layers": -1}, "layers must not be negative, got -1"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"backbone": "resnet10x"}, "backbone must be the name of a timm model, got 'resnet10x'; close: resnet10t"),
+    ],
+)
+def test_refuses_options_it_does_not_have(options, message):
+    with pytest.raises(ValueError, match=message):
+        Captioner(**{"vocabulary": 20, "backbone": "resnet10t"} | options)
+
+
+def test_refuses_arguments_for_a_backbone_that_is_given():
+    with pytest.raises(ValueError, match="are for a backbone that is named, got a model"):
+        Captioner(20, backbone=timm.create_model("resnet10t"), pretrained=True)
+
+
+def test_its_decoder_is_the_one_that_was_asked_for():
+    class Mute(Decoder):
+        pass
+
+    assert isinstance(Captioner(20, backbone="resnet10t", decoder=Mute).decoder, Mute)
