@@ -13,7 +13,7 @@ from visattn.__main__ import main
 from visattn.commands import predict
 from visattn.data.sources import open_source
 from visattn.data.transforms import Preprocess
-from visattn.models import DigitClassifier
+from visattn.models import DifferentiableGlimpseClassifier, DigitClassifier, RecurrentAttention
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 SIZE = (3, 64, 96)
@@ -154,6 +154,7 @@ def test_bad_input_is_one_line(capsys, model, folder, tmp_path):
         ([tmp_path / "nowhere"], f"error: images must be a file or a folder, {tmp_path / 'nowhere'} does not exist\n"),
         ([tmp_path / "none"], f"error: {tmp_path / 'none'} holds no image, which is a file ending in .bmp"),
         ([folder, "--maps", tmp_path / "m", "--query", "64", "0"], "error: query must lie inside the image of 64×96"),
+        ([folder, "--film"], "error: film must be left out without maps, which says where to\n"),
     ):
         assert main(["predict", "checkpoint", *map(str, arguments)]) == 2
         assert capsys.readouterr().err.startswith(message)
@@ -210,6 +211,40 @@ def test_a_spatial_transformer_is_drawn(capsys, shared, tmp_path):
         pixels = np.asarray(Image.open(name).convert("RGB")).astype(int)
         for colour in colours:
             assert (abs(pixels - colour).max(2) <= 3).sum() > 500
+
+
+LITTLE = {"in_chans": 3, "size": (64, 96), "glimpses": 3, "patch": 12, "width": 16}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        RecurrentAttention(3, scales=2, glimpse_width=8, location_width=8, **LITTLE),
+        DifferentiableGlimpseClassifier(3, **LITTLE),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_of_a_network_that_looks_here_and_there_the_path_is_drawn(capsys, folder, tmp_path, network):
+    preprocess = Preprocess(SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    visattn.save(network, tmp_path / "mine", labels=[*COLOURS], transform=preprocess)
+    out = tmp_path / "maps"
+    (line,) = lines(capsys, folder / "b.png", "--maps", out, "--film", checkpoint=tmp_path / "mine")
+    assert line["maps"] == [str(out / "b.png" / name) for name in ("path.png", "path.gif")]
+    loaded = visattn.load(tmp_path / "mine")
+    with torch.no_grad():
+        wanted = loaded(loaded.transform(Image.open(folder / "b.png"))[None]).softmax(-1)[0]
+    got = {p["label"]: p["probability"] for p in line["predictions"]}
+    assert [got[label] for label in loaded.labels] == pytest.approx(wanted.tolist(), rel=1e-5)
+    with Image.open(line["maps"][1]) as film:
+        assert film.n_frames == 3
+    pixels = np.asarray(Image.open(line["maps"][0]).convert("RGB")).astype(int)
+    for colour, share in (((200, 0, 0), 0.1), ((154, 154, 154), 0.02)):  # the photo, and what was not seen of it
+        if network.sensor.number == 2 or share == 0.1:
+            assert (abs(pixels - colour).max(2) <= 3).mean() > share
+    found = lines(capsys, folder, "--maps", out, checkpoint=tmp_path / "mine")
+    assert [line["maps"] for line in found] == [
+        [str(out / name / "path.png")] for name in ("a.bmp", "b.png", "deep/c.jpg")
+    ]
 
 
 def test_the_overview_says_how_far_the_gates_have_opened():

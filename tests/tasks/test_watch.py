@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 
 import visattn
@@ -20,8 +21,9 @@ from visattn import drawing
 from visattn.attention.sampling.grids import folded, jacobian
 from visattn.data.canvas import Canvas
 from visattn.data.pairs import Pairs
+from visattn.models import RecurrentAttention
 from visattn.models.network import Classifier
-from visattn.tasks import Alignment, Classification, Verification
+from visattn.tasks import Alignment, Classification, Gaze, Looking, Verification
 from visattn.tasks.command_line import run_cli
 from visattn.tasks.run import Log
 from visattn.tasks.watch import CLASSES, _classes
@@ -63,12 +65,12 @@ def fit(digits, tmp_path):
     return run
 
 
-def warps(folder: Path) -> list[str]:
-    return sorted(file.name for file in (folder / "warps").iterdir())
+def warps(folder: Path, called: str = "warps") -> list[str]:
+    return sorted(file.name for file in (folder / called).iterdir())
 
 
-def frames(folder: Path) -> int:
-    with Image.open(folder / "warps" / "film.gif") as film:
+def frames(folder: Path, called: str = "warps") -> int:
+    with Image.open(folder / called / "film.gif") as film:
         return film.n_frames
 
 
@@ -83,6 +85,25 @@ def drawn(monkeypatch):
         return SimpleNamespace(savefig=point.save)
 
     monkeypatch.setattr(drawing, "draw_alignment", draw)
+    return calls
+
+
+def looker(**options):
+    little = {"width": 16, "glimpse_width": 8, "location_width": 8, "glimpses": 3}
+    return Looking(partial(RecurrentAttention, **little | options), draws=1)
+
+
+@pytest.fixture
+def gazed(monkeypatch):
+    """What was summed up, when it is given to be drawn; the picture itself is a point, of a colour of its own."""
+    calls = []
+
+    def draw(fixations, *args, **options):
+        calls.append((fixations, *args, options))
+        point = Image.new("RGB", (8, 8), (20 * len(calls), 0, 0))
+        return SimpleNamespace(savefig=point.save)
+
+    monkeypatch.setattr(drawing, "draw_fixations", draw)
     return calls
 
 
@@ -256,17 +277,18 @@ class Fate(Callback):
         self.modes.append([module.training for module in pl_module.modules()])
 
 
-def test_the_training_is_what_it_would_be_without(fit, drawn, monkeypatch):
+@pytest.mark.parametrize(("make", "watch"), [(task, partial(Alignment, every_n_steps=1, **SMALL)), (looker, Gaze)])
+def test_the_training_is_what_it_would_be_without(make, watch, fit, drawn, gazed, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     states, fates = [], []
-    for watches in ([], [Alignment(every_n_steps=1, **SMALL)]):
+    for watches in ([], [watch()]):
         torch.manual_seed(1)
         np.random.seed(1)  # noqa: NPY002
-        watched, fate = task(), Fate()
-        fit(watched, *watches, fate, max_epochs=2)
+        watched, fate = make(), Fate()
+        fit(watched, *watches, fate, max_epochs=2, limit_val_batches=1)
         states.append(watched.model.state_dict())
         fates.append(fate)
-    assert len(drawn) == 4
+    assert len(drawn or gazed) == (4 if watch is not Gaze else 2)
     assert fates[0].drawn == fates[1].drawn
     assert fates[0].modes == fates[1].modes
     for name, value in states[0].items():
@@ -349,6 +371,94 @@ def test_watches_plain_loaders(digits, trainer, drawn):
     assert drawn[0][0].shape == (20, 32, 32, 3)
 
 
+# --- where each class is looked for -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, [2, 4, 6]), ({"every_n_epochs": 2}, [4])])
+def test_gazes_of_validations_every_so_often_and_a_film_of_them(options, steps, fit, tmp_path, gazed):
+    fit(looker(), Gaze(**options), max_epochs=3, limit_val_batches=1)
+    assert warps(tmp_path, "gaze") == ["film.gif", *(f"step_{step:07d}.png" for step in steps)]
+    assert frames(tmp_path, "gaze") == len(steps)
+    assert [call[-1]["title"] for call in gazed] == [f"step {step}" for step in steps]
+    assert [float(call[0].shown.sum()) for call in gazed] == [16] * len(steps)
+
+
+def test_a_gaze_is_drawn_of_real_figures(fit, tmp_path):
+    fit(looker(), Gaze(), limit_val_batches=1)
+    pixels = np.asarray(Image.open(tmp_path / "gaze/step_0000002.png").convert("RGB"))
+    assert min(pixels.shape[:2]) > 400
+    assert pixels.std() > 50
+
+
+@pytest.mark.parametrize("halting", [False, True])
+def test_a_gaze_counts_all_glimpses_of_all_images_where_the_network_looked(halting, digits, fit, gazed):
+    watched, data = looker(halting=halting), digits()
+    trainer = fit(watched, Gaze(), data=data, limit_val_batches=None)
+    sums, labels, options = gazed[-1]
+    assert labels == data.labels
+    assert (options["mean"], options["std"]) == ((0.5,), (0.5,))
+    model, wanted = watched.model.eval(), drawing.Fixations(10, 3, (1, 32, 32))
+    watched.trainer = trainer
+    for number, batch in enumerate(data.val_dataloader()):
+        with torch.no_grad(), watched.repeatable(number):
+            rollout = model.rollout(batch[0], policy="mean")
+        corners = model.sensor.corners(rollout.locations.flatten(0, 1), (32, 32))[:, 0].unflatten(0, (-1, 3))
+        wanted.add(batch[0], corners, batch[1], rollout.glimpses)
+    assert wanted.shown.sum() == 40
+    for found, part in zip(sums.sums, wanted.sums, strict=True):
+        torch.testing.assert_close(found, part)
+
+
+def test_gazes_of_a_test_and_of_a_validation_alone(digits, fit, tmp_path, gazed):
+    watched, data, watch = looker(), digits(), Gaze(every_n_epochs=100)
+    trainer = fit(watched, watch, data=data, limit_val_batches=None)
+    assert not gazed
+    trainer.validate(watched, datamodule=data, verbose=False)
+    trainer.test(watched, data.val_dataloader(), verbose=False)
+    assert warps(tmp_path, "gaze") == ["test.png", "val.png"]
+    assert [call[-1]["title"] for call in gazed] == ["40 images"] * 2
+
+
+def test_of_canvases_what_else_is_known_is_left_out(fit, gazed):
+    data = Canvas("translated", described=True, batch_size=16)
+    fit(looker(patch=12, scales=2), Gaze(), data=data, limit_val_batches=1)
+    assert gazed[0][0].maps.shape == (10, 3, 60, 60)
+    assert gazed[0][0].images.sum() > 0
+
+
+def test_what_several_processes_saw_is_added_up(fit, gazed, monkeypatch):
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", lambda self, tensor, *_, reduce_op: 2 * tensor)
+    fit(looker(), Gaze(), limit_val_batches=1)
+    assert gazed[0][0].shown.sum() == 2 * 16
+    assert gazed[0][0].counts.sum() == 2 * 16 * 3
+    assert float(gazed[0][0].maps.sum()) == pytest.approx(2 * 16 * 3, rel=1e-5)
+
+
+def test_a_trial_run_leaves_no_gaze(fit, tmp_path, gazed):
+    fit(looker(), Gaze(), fast_dev_run=True)
+    assert not gazed
+    assert not (tmp_path / "gaze").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_gazes_in_any_precision(precision, fit, gazed):
+    fit(looker(), Gaze(), precision=precision, limit_val_batches=1)
+    assert gazed[0][0].maps.dtype == torch.float32
+    assert float(gazed[0][0].maps.sum()) == pytest.approx(3 * 16, rel=1e-4)
+
+
+def test_refuses_what_does_not_look(fit):
+    with pytest.raises(ValueError, match="every_n_epochs must be at least 1, got 0"):
+        Gaze(0)
+    with pytest.raises(ValueError, match=r"seconds must be positive, got -1\.0"):
+        Gaze(seconds=-1.0)
+    with pytest.raises(ValueError, match="Gaze watches a network that looks at one place after another, got ResNet"):
+        fit(Classification("test_resnet"), Gaze())
+    sharded = SimpleNamespace(strategy=SimpleNamespace())
+    with pytest.raises(ValueError, match="strategy must be ddp or of one device for Gaze, got SimpleNamespace"):
+        Gaze().on_fit_start(sharded, RecurrentAttention(2))
+
+
 # --- by configuration -------------------------------------------------------------------------------------------------
 
 
@@ -378,15 +488,53 @@ def test_a_configuration_asks_for_it(tmp_path, monkeypatch):
     assert kept["init_args"]["every_n_steps"] == 2
 
 
+def by_two(folder: Path, *arguments: str) -> None:
+    """Train by two processes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [sys.executable, str(ROOT / "train.py"), "fit", *arguments, *two]
+    said = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
 @pytest.mark.slow
 def test_of_two_processes_one_draws(tmp_path):
-    arguments = ["fit", "--config", config(tmp_path), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert said.returncode == 0, said.stdout + said.stderr
+    by_two(tmp_path, "--config", config(tmp_path))
     run = tmp_path / "runs/version_0"
     assert warps(run) == ["film.gif", "step_0000002.png", "step_0000004.png"]
     assert frames(run) == 2
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows if row["warp/folded"]] == ["1", "3"]
+
+
+def test_a_configuration_asks_for_a_gaze(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_cli(["fit", *gaze(tmp_path)])
+    assert warps(tmp_path / "runs/version_0", "gaze") == ["film.gif", "step_0000002.png"]
+
+
+def gaze(folder: Path) -> list[str]:
+    held = {
+        "task": "Looking",
+        "model": {"network": "RecurrentAttention"},
+        "datamodule": "Canvas",
+        "data": {"preset": "plain", "batch_size": 64},
+        "trainer": {
+            "max_epochs": 1,
+            "limit_train_batches": 2,
+            "limit_val_batches": 1,
+            "default_root_dir": "runs",
+            "callbacks": [{"class_path": "visattn.tasks.Gaze", "init_args": {"every_n_epochs": 1}}],
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+        },
+    }
+    (folder / "gaze.yaml").write_text(yaml.safe_dump(held))
+    return ["--config", str(folder / "gaze.yaml")]
+
+
+@pytest.mark.slow
+def test_a_gaze_is_of_the_images_of_both_processes(tmp_path):
+    by_two(tmp_path, *gaze(tmp_path))
+    assert warps(tmp_path / "runs/version_0", "gaze") == ["film.gif", "step_0000002.png"]

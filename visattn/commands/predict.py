@@ -18,6 +18,7 @@ from visattn.checkpoint import load
 from visattn.commands import show
 from visattn.data.sources import IMAGES, Folder
 from visattn.data.transforms import Preprocess
+from visattn.models.looker import Looker
 from visattn.record import record
 from visattn.surgery import insertions
 
@@ -33,7 +34,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="an image, or a folder of images, at any depth")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes listed for an image (default: 5)")
     parser.add_argument(
-        "--maps", type=Path, metavar="FOLDER", help="draw maps and warps as PNG, in a folder for each image"
+        "--maps", type=Path, metavar="FOLDER", help="draw maps, warps and paths as PNG, in a folder for each image"
+    )
+    parser.add_argument(
+        "--film", action="store_true", help="with --maps, film the path of a model that looks here and there, as GIF"
     )
     parser.add_argument(
         "--query",
@@ -91,6 +95,8 @@ def probabilities(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def run(args: Namespace) -> int:
+    if args.film and not args.maps:
+        raise ValueError("film must be left out without maps, which says where to")
     paths = find(args.images)
     model: Any = load(args.checkpoint, device=args.device)
     if model.task == "verification":
@@ -118,12 +124,13 @@ def run(args: Namespace) -> int:
                     "predictions": [{"label": label, "probability": p} for label, p in found],
                 }
                 if args.maps:
-                    photo = denormalised(x[0], model.transform)
                     folder = args.maps / (file.relative_to(args.images) if args.images.is_dir() else file.name)
                     title = f"{file.name}: {found[0][0]} {found[0][1]:.2f}{gates(model)}"
-                    result["maps"] = draw(
-                        photo, maps, folder, title, tuple(args.query) if args.query else None, undrawn
-                    )
+                    if isinstance(model, Looker):
+                        result["maps"] = draw_looks(model, x.to(args.device), folder, title, args.film)
+                    else:
+                        photo, query = denormalised(x[0], model.transform), tuple(args.query) if args.query else None
+                        result["maps"] = draw(photo, maps, folder, title, query, undrawn)
                 if args.csv:
                     table.writerows([file, rank, label, p] for rank, (label, p) in enumerate(found, 1))
                 if args.json:
@@ -165,4 +172,17 @@ def draw(
     undrawn.update(why)
     files = [folder / "overview.png", *draw_maps(photo, good, folder, query=query)]
     overview(photo, good, title=title, query=query).savefig(files[0])
+    return [str(file) for file in files]
+
+
+def draw_looks(model: Looker, x: Tensor, folder: Path, title: str, films: bool) -> list[str]:
+    """Write where a model looks in one image, and return the files."""
+    from visattn.drawing import draw_path, film_path, follow
+
+    (path,) = follow(model, x)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "path.png"]
+    draw_path(path, title=title).savefig(files[0])
+    if films:
+        files.append(film_path(path, folder / "path.gif", title=title))
     return [str(file) for file in files]

@@ -28,7 +28,7 @@ def film(pictures: Sequence[str | Path], file: str | Path, *, seconds: float = 0
         with Image.open(picture) as opened:
             frame = opened.convert("RGB")
         fitted = frame if not frames else ImageOps.pad(frame, frames[0].size, color="white")
-        frames.append(fitted.quantize(128, dither=Image.Dither.NONE))
+        frames.append(fitted.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))  # thin lines count
     stays = [round(1000 * seconds)] * len(frames)
     stays[-1] *= LAST
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=stays, loop=0)

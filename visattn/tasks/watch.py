@@ -1,8 +1,8 @@
-"""What a spatial transformer makes of the same images, drawn over and over in training."""
+"""What networks make of images, drawn over and over in training: where they are warped, where they are looked at."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,13 +15,67 @@ from torch.nn import functional as F
 
 from visattn.attention.sampling import SpatialTransformer
 from visattn.attention.sampling.grids import folded, jacobian
+from visattn.models.looker import Looker
 from visattn.tasks.run import folder
 
-FOLDER, FILM = "warps", "film.gif"
+FILM = "film.gif"
 CLASSES = 12  # that have a column, at most
 
 
-class Alignment(Callback):
+class Album(Callback):
+    """Keeps pictures of a training in a folder of the run, and a film of them.
+
+    Args:
+        seconds: How long a picture of the film stays.
+
+    Raises:
+        ValueError: If ``seconds`` is not positive.
+    """
+
+    called: ClassVar[str]
+    """The folder."""
+
+    def __init__(self, seconds: float):
+        if not seconds > 0:
+            raise ValueError(f"seconds must be positive, got {seconds}")
+        self.seconds = seconds
+        self.pictures: list[str] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.pictures = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pictures": list(self.pictures)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pictures = list(state_dict["pictures"])
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            strategy = type(trainer.strategy).__name__
+            raise ValueError(f"strategy must be ddp or of one device for {type(self).__name__}, got {strategy}")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self._draws(trainer):
+            return
+        from visattn.drawing import film
+
+        pictures = [folder(trainer) / self.called / name for name in self.pictures]
+        if there := [picture for picture in pictures if picture.is_file()]:
+            film(there, folder(trainer) / self.called / FILM, seconds=self.seconds)
+
+    @staticmethod
+    def _draws(trainer: Any) -> bool:
+        return trainer.is_global_zero and not trainer.fast_dev_run
+
+    def _keep(self, trainer: Any, figure: Any, name: str) -> None:
+        file = folder(trainer) / self.called / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+        self.pictures.append(name)
+
+
+class Alignment(Album):
     """Draws, over and over in training, what a spatial transformer makes of the same images of the validation data.
 
     It is the first one that images go through. A picture has a column for each class (of many, those with most of the
@@ -44,6 +98,8 @@ class Alignment(Callback):
             transformer, or is sharded.
     """
 
+    called = "warps"
+
     def __init__(
         self,
         every_n_epochs: int | None = None,
@@ -63,35 +119,21 @@ class Alignment(Callback):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if examples < 0:
             raise ValueError(f"examples must not be negative, got {examples}")
-        if not seconds > 0:
-            raise ValueError(f"seconds must be positive, got {seconds}")
+        super().__init__(seconds)
         self.every_n_epochs = None if every_n_steps else every_n_epochs or 1
         self.every_n_steps = every_n_steps
         self.images = images
         self.examples = examples
-        self.seconds = seconds
         self.batches: list[Tensor] = []
         self.targets = torch.empty(0)
-        self.pictures: list[str] = []
 
     # --- when ---------------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.pictures = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"pictures": list(self.pictures)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.pictures = list(state_dict["pictures"])
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not any(isinstance(module, SpatialTransformer) for module in pl_module.modules()):
             model = type(getattr(pl_module, "model", pl_module)).__name__
             raise ValueError(f"Alignment watches a spatial transformer, and the model, {model}, has none")
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            strategy = type(trainer.strategy).__name__
-            raise ValueError(f"strategy must be ddp or of one device for Alignment, got {strategy}")
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._draws(trainer):
@@ -108,19 +150,6 @@ class Alignment(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._draw(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if not self._draws(trainer):
-            return
-        from visattn.drawing import film
-
-        pictures = [folder(trainer) / FOLDER / name for name in self.pictures]
-        if there := [picture for picture in pictures if picture.is_file()]:
-            film(there, folder(trainer) / FOLDER / FILM, seconds=self.seconds)
-
-    @staticmethod
-    def _draws(trainer: Any) -> bool:
-        return trainer.is_global_zero and not trainer.fast_dev_run
 
     # --- what ---------------------------------------------------------------------------------------------------------
 
@@ -171,12 +200,94 @@ class Alignment(Callback):
         title = f"step {trainer.global_step}   {100 * share:.3g}% folded over   determinant {determinant:.3g}"
         classes = _classes(self.targets, getattr(pl_module, "labels", None))
         figure = draw_alignment(inputs, outputs, grids.numpy(), classes, examples=self.examples, title=title)
-        file = folder(trainer) / FOLDER / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
-        self.pictures.append(name)
+        self._keep(trainer, figure, name)
         for logger in trainer.loggers:  # at once, and with the step as Lightning counts it
             logger.log_metrics({"warp/folded": share, "warp/determinant": determinant}, trainer.global_step - 1)
+
+
+class Gaze(Album):
+    """Draws, over and over in training, where a network that looks at one place after another looks for each class.
+
+    All images of a validation count, and each location is the mean of the policy. A picture has a column for each class
+    (of many, those with most of the images) and a row for each glimpse; the class's mean image is below. Pictures are
+    in the folder of the run: ``gaze/step_<n>.png`` after validations in training and ``gaze/film.gif`` of all of them,
+    ``gaze/val.png`` of a validation alone, and ``gaze/test.png`` of a test.
+
+    The training goes on as it would without: nothing random is drawn from where it draws.
+
+    Args:
+        every_n_epochs: Draw at the validations of every so many epochs.
+        seconds: How long a picture of the film stays.
+
+    Raises:
+        ValueError: If a value is out of its range, or the model does not look at one place after another, or is
+            sharded.
+    """
+
+    called = "gaze"
+
+    def __init__(self, every_n_epochs: int = 1, *, seconds: float = 0.5):
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        super().__init__(seconds)
+        self.every_n_epochs = every_n_epochs
+        self.counts = False
+        self.fixations: Any = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._looker(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self.counts = due and not trainer.sanity_checking and not trainer.fast_dev_run
+        self.fixations = None
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not self.counts:
+            return
+        from visattn.drawing import Fixations
+
+        model, (images, targets) = self._looker(pl_module), batch[:2]
+        with _looking(trainer, pl_module), pl_module.repeatable(batch_idx):
+            rollout = model.rollout(images, policy="mean")
+            corners = model.sensor.corners(rollout.locations.flatten(0, 1), tuple(images.shape[2:]))
+        corners = corners[:, 0].unflatten(0, rollout.locations.shape[:2])
+        if self.fixations is None:
+            self.fixations = Fixations(model.num_classes, corners.shape[1], tuple(images.shape[1:]))
+        self.fixations.add(images, corners, targets, rollout.glimpses)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.fixations is None:
+            return
+        for part in self.fixations.sums:
+            part.copy_(trainer.strategy.reduce(part.to(pl_module.device), reduce_op="sum"))
+        fits = trainer.state.fn == "fit"
+        name = f"step_{trainer.global_step:07d}.png" if fits else "test.png" if trainer.testing else "val.png"
+        if not self._draws(trainer) or name in self.pictures:
+            return
+        from visattn.drawing import draw_fixations
+
+        preprocess = getattr(pl_module, "preprocess", None)
+        known = {"mean": preprocess.mean, "std": preprocess.std} if preprocess else {}
+        title = f"step {trainer.global_step}" if fits else f"{int(self.fixations.shown.sum())} images"
+        labels = getattr(pl_module, "labels", None)
+        self._keep(trainer, draw_fixations(self.fixations, labels, columns=CLASSES, title=title, **known), name)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    @staticmethod
+    def _looker(pl_module: Any) -> Any:
+        model = getattr(pl_module, "model", pl_module)
+        if not isinstance(model, Looker):
+            raise ValueError(
+                f"Gaze watches a network that looks at one place after another, got {type(model).__name__}"
+            )
+        return model
 
 
 @contextmanager
