@@ -28,6 +28,8 @@ class MemoryCase(NamedTuple):
     """Do the weights of a query sum to one, where there is something to read?"""
     ordered: bool = False
     """Does it matter in which order the regions lie?"""
+    alike: bool = True
+    """Does a query read the same whoever asks beside it, and in whatever order?"""
 
     def make(self, query: int = QUERY, memory: int = MEMORY) -> MemoryAttention:
         return self.cls(query, memory, **self.options)

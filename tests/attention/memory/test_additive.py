@@ -5,6 +5,7 @@ import torch
 
 from tests.attention.memory.case import MEMORY, QUERY, MemoryCase, memory, queries
 from visattn.attention import AdditiveAttention
+from visattn.attention.memory.additive import perceptron, plain_perceptron
 
 CASES = [
     MemoryCase(AdditiveAttention, {"width": 5}, lambda q, d: 5 * (q + d) + 2 * 5, 8970),
@@ -56,3 +57,25 @@ def test_keys_are_made_once():
 def test_refuses_a_width_of_nothing():
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         AdditiveAttention(QUERY, MEMORY, width=0)
+
+
+@pytest.mark.parametrize("keys", [1, 3], ids=["one memory", "a memory for each query"])
+def test_its_own_gradients_are_those_of_the_equation(keys):
+    inputs = [torch.randn(*size, dtype=torch.double, requires_grad=True) for size in ((4, 3, 5), (4, keys, 7, 5), (5,))]
+    ours, right = perceptron(*inputs), plain_perceptron(*inputs)
+    torch.testing.assert_close(ours, right, rtol=0, atol=1e-14)
+    g = torch.randn_like(ours)
+    for one, other in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(right, inputs, g), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    assert torch.autograd.gradgradcheck(perceptron, inputs, fast_mode=True)
+
+
+def test_keeps_nothing_that_is_as_large_as_all_queries_times_all_regions():
+    asked, keys, score = (torch.randn(*size, requires_grad=True) for size in ((2, 3, 5), (2, 1, 7, 5), (5,)))
+    kept: dict[str, list[int]] = {}
+    for function in (perceptron, plain_perceptron):
+        sizes = kept.setdefault(function.__name__, [])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()), lambda x: x):
+            function(asked, keys, score)
+    assert max(kept["plain_perceptron"]) == 2 * 3 * 7 * 5
+    assert max(kept["perceptron"]) == 2 * 7 * 5

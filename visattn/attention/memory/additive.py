@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visattn.attention.core import wide
+from visattn.attention.core import differentiable, plain, tiles, wide
 from visattn.attention.memory.core import MemoryAttention
 
 
@@ -42,11 +42,54 @@ class AdditiveAttention(MemoryAttention):
         self.key = nn.Linear(memory, width)
         self.score = nn.Linear(width, 1, bias=False)
 
-    def keys(self, memory: Float[Tensor, "b l d"]) -> Float[Tensor, "b l a"]:
-        return self.key(memory)
+    def keys(self, memory: Float[Tensor, "b l d"]) -> Float[Tensor, "b 1 l a"]:
+        return self.key(memory)[:, None]
 
     def ask(self, query: Float[Tensor, "b r q"]) -> Float[Tensor, "b r a"]:
         return self.query(query)
 
-    def compare(self, asked: Float[Tensor, "b r a"], keys: Float[Tensor, "b l a"]) -> Float[Tensor, "b r l"]:
-        return torch.tanh(keys[:, None] + asked[:, :, None]) @ wide(self.score.weight[0])
+    def compare(self, asked: Float[Tensor, "b r a"], keys: Float[Tensor, "b #r l a"]) -> Float[Tensor, "b r l"]:
+        return perceptron(asked, keys, self.score.weight[0])
+
+
+def perceptron(
+    asked: Float[Tensor, "b r a"], keys: Float[Tensor, "b #r l a"], score: Float[Tensor, " a"]
+) -> Float[Tensor, "b r l"]:
+    r"""Return :math:`u^\top \tanh(q + k)` of every query and region, whose keys may differ between queries.
+
+    What is within, as large as all queries times all regions, is made again for the gradient, a few memories at a time.
+    """
+    function = plain_perceptron if plain(keys) else Perceptron.apply
+    return function(asked, keys, wide(score))
+
+
+def plain_perceptron(asked: Tensor, keys: Tensor, score: Tensor) -> Tensor:
+    """Compute it as its equation reads."""
+    return (keys + asked[:, :, None]).tanh_() @ score  # in place: the sum is needed no more
+
+
+class Perceptron(torch.autograd.Function):
+    """Goes through the memories a few at a time, and keeps nothing of what is within."""
+
+    @staticmethod
+    def forward(ctx, asked, keys, score):
+        ctx.save_for_backward(asked, keys, score)
+        y = asked.new_empty(*asked.shape[:2], keys.shape[2])
+        for k, q, into in tiles(keys.expand(-1, asked.shape[1], -1, -1), asked, y):
+            into.copy_(plain_perceptron(q, k, score))
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        asked, keys, score = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(differentiable(plain_perceptron, (asked, keys, score), (g,)))
+        g_asked, g_keys, g_score = torch.empty_like(asked), torch.empty_like(keys), torch.zeros_like(score)
+        everything = keys.expand(-1, asked.shape[1], -1, -1)
+        for k, q, g_part, into_asked, into_keys in tiles(everything, asked, g, g_asked, g_keys):
+            hidden = (k + q[:, :, None]).tanh_()
+            g_score.addmv_(hidden.flatten(0, 2).mT, g_part.reshape(-1))
+            slope = hidden.square_().neg_().add_(1).mul_(g_part[..., None])
+            torch.sum(slope, 2, out=into_asked)
+            into_keys.copy_(slope if into_keys.shape[1] == slope.shape[1] else slope.sum(1, keepdim=True))
+        return g_asked.mul_(score), g_keys.mul_(score), g_score

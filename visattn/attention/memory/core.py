@@ -102,21 +102,25 @@ class MemoryAttention(Attention):
         """Return what keys are compared with."""
         return query
 
-    def compare(self, asked: Tensor, keys: Tensor) -> Float[Tensor, "b r l"]:
+    def compare(self, asked: Tensor, keys: Tensor) -> Float[Tensor, "b r *heads l"]:
         """Return a score of each region for each query. What is given is in at least float32, outside of autocast."""
         raise NotImplementedError
 
-    def scores(self, query: Float[Tensor, "b r q"], prepared: Prepared) -> Float[Tensor, "b r l"]:
-        """Return a score of each region for each query, in at least float32, under autocast too.
-
-        Raises:
-            ValueError: If the query's features are not as many as constructed.
-        """
-        if query.shape[2] != self.asks:
-            raise ValueError(f"query must have {self.asks} features as constructed, got {query.shape[2]}")
+    def scores(self, query: Float[Tensor, "b r q"], prepared: Prepared) -> Float[Tensor, "b r *heads l"]:
+        """Return a score of each region for each query, in at least float32, under autocast too."""
+        self.check(query)
         asked = self.ask(query)
         with uncast(query.device):
             return self.compare(wide(asked), prepared.keys)
+
+    def check(self, query: Float[Tensor, "b r _"]) -> None:
+        """Refuse a query that does not fit.
+
+        Raises:
+            ValueError: If its features are not as many as constructed.
+        """
+        if query.shape[2] != self.asks:
+            raise ValueError(f"query must have {self.asks} features as constructed, got {query.shape[2]}")
 
     def attend(
         self, query: Float[Tensor, "b r q"], prepared: Prepared, state: Any = None
@@ -138,8 +142,10 @@ class MemoryAttention(Attention):
         return self.read(query, prepared, state, weights=weights), after
 
 
-def spread(scores: Float[Tensor, "b *r l"], mask: Bool[Tensor, "b l"] | None) -> Float[Tensor, "b *r l"]:
+def spread(scores: Float[Tensor, "b *r l"], mask: Bool[Tensor, "#b ... l"] | None) -> Float[Tensor, "b *r l"]:
     """Spread a weight of one over the regions that are there, in at least float32; zeros where there are none.
+
+    The mask is that of the memory, or has as many axes as the scores.
 
     Example:
         >>> spread(torch.zeros(2, 1, 2), torch.tensor([[True, False], [False, False]]))
@@ -149,6 +155,20 @@ def spread(scores: Float[Tensor, "b *r l"], mask: Bool[Tensor, "b l"] | None) ->
     """
     if mask is None:
         return softmax(scores)
-    mask = mask.view(mask.shape[0], *[1] * (scores.ndim - 2), mask.shape[1])
+    if mask.ndim == 2:
+        mask = mask.view(mask.shape[0], *[1] * (scores.ndim - 2), mask.shape[1])
     empty = ~mask.any(-1, keepdim=True)
     return softmax(scores.masked_fill(~(mask | empty), -torch.inf)).masked_fill(empty, 0.0)
+
+
+def places(like: Float[Tensor, "*b l"], size: tuple[int, int] | None) -> Float[Tensor, "l axes"]:
+    """Return where regions are: in a row, or their rows and columns on a map.
+
+    Example:
+        >>> places(torch.zeros(3), None).mT, places(torch.zeros(4), (2, 2)).mT
+        (tensor([[0., 1., 2.]]), tensor([[0., 0., 1., 1.],
+                [0., 1., 0., 1.]]))
+    """
+    sides = (like.shape[-1],) if size is None else size
+    axes = (torch.arange(side, dtype=like.dtype, device=like.device) for side in sides)
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)

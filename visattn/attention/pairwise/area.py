@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.core import uncast
+from visattn.attention.core import uncast, wide
 from visattn.attention.pairwise import core
 from visattn.attention.pairwise.core import Softmax, read
 
@@ -25,8 +25,7 @@ def area_sums(x: Float[Tensor, "*b h w"], area: tuple[int, int]) -> Float[Tensor
         tensor([1., 2., 4., 3., 6.])
     """
     height, width = _largest(x.shape[-2:], area)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    sums = [columns.flatten(-2) for rows in _windows(wide.mT, height) for columns in _windows(rows.mT, width)]
+    sums = [columns.flatten(-2) for rows in _windows(wide(x).mT, height) for columns in _windows(rows.mT, width)]
     return torch.cat(sums, -1).to(x.dtype)
 
 
@@ -37,8 +36,8 @@ def area_cover(x: Float[Tensor, "*b areas"], grid: Sequence[int], area: tuple[in
         >>> area_cover(torch.tensor([0.0, 0.0, 0.0, 5.0, 1.0]), (1, 3), (1, 2))
         tensor([[5., 6., 1.]])
     """
-    wide, shapes = x.to(torch.promote_types(x.dtype, torch.float32)), _shapes(grid, area)
-    parts = wide.split([rows * columns for rows, columns in shapes], -1)
+    shapes = _shapes(grid, area)
+    parts = wide(x).split([rows * columns for rows, columns in shapes], -1)
     parts = [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
     width = _largest(grid, area)[1]
     rows = [_cover(parts[first : first + width]).mT for first in range(0, len(parts), width)]
@@ -107,14 +106,20 @@ class Areas(nn.Module):
     def extra_repr(self) -> str:
         return f"area={self.area}"
 
-    def keys(self, key: Float[Tensor, "b l d"], grid: Sequence[int]) -> Float[Tensor, "b m d"]:
-        """What queries are compared with, made once for a memory: its keys if a mean is enough, else those of areas."""
+    def keys(
+        self, key: Float[Tensor, "b l d"], grid: Sequence[int], mask: Bool[Tensor, "b l"] | None = None
+    ) -> Float[Tensor, "b m d"]:
+        """What queries are compared with, made once for a memory: its keys if a mean is enough, else those of areas.
+
+        Where the mask is False there is nothing to read, nor to count.
+        """
+        if mask is not None:
+            key = key.masked_fill(~mask[..., None], 0.0)
         if self.hidden is None:
             return key
-        count = self.count(grid, key)[:, None]
-        wide = key.to(count.dtype)
-        mean = self._sums(wide, grid) / count
-        deviation = ((self._sums(wide.square(), grid) / count - mean.square()).abs() + 1e-6).sqrt()
+        count = self.count(grid, key, mask).clamp_min(1)[..., None]
+        mean = self._sums(wide(key), grid) / count
+        deviation = ((self._sums(wide(key).square(), grid) / count - mean.square()).abs() + 1e-6).sqrt()
         items, sizes = self.hidden.weight.tensor_split((2 * key.shape[2],), 1)
         height, width = _largest(grid, self.area)
         size = self.heights[:height, None].expand(-1, width, -1), self.widths[:width].expand(height, -1, -1)
@@ -122,22 +127,34 @@ class Areas(nn.Module):
         term = torch.cat([each.expand(h * w, -1) for each, (h, w) in zip(terms, _shapes(grid, self.area), strict=True)])
         return self.out((F.linear(torch.cat((mean, deviation), 2).to(key.dtype), items) + term).relu())
 
-    def count(self, grid: Sequence[int], like: Tensor) -> Float[Tensor, " areas"]:
-        """How many positions each area has."""
+    def count(
+        self, grid: Sequence[int], like: Tensor, mask: Bool[Tensor, "b l"] | None = None
+    ) -> Float[Tensor, "*b areas"]:
+        """How many positions each area has, of those where the mask is True."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return area_sums(torch.ones(grid, dtype=dtype, device=like.device), self.area)
+        there = torch.ones(grid, dtype=dtype, device=like.device) if mask is None else mask.unflatten(1, grid).to(dtype)
+        return area_sums(there, self.area)
 
     def weights(
         self, query: Float[Tensor, "b n d"], keys: Float[Tensor, "b m d"], grid: Sequence[int]
     ) -> Float[Tensor, "b n areas"]:
         """How much each query reads from each area, in the order of :func:`area_sums`; a query's weights sum to one."""
-        if self.hidden is not None:
-            return self.affinity.weights(query, keys)
-        count = self.count(grid, query)  # the product with a mean is the mean of products
+        return self.scores(query, keys, grid).softmax(2).to(query.dtype)
+
+    def scores(
+        self,
+        query: Float[Tensor, "b n d"],
+        keys: Float[Tensor, "b m d"],
+        grid: Sequence[int],
+        mask: Bool[Tensor, "b l"] | None = None,
+    ) -> Float[Tensor, "b n areas"]:
+        """The logits of :meth:`weights`, in at least float32; of keys that were made with this mask."""
         with uncast(query.device):
-            logits = torch.bmm(query.to(count.dtype) * self.affinity.scale, keys.to(count.dtype).mT)
-            weights = (area_sums(logits.unflatten(2, grid), self.area) / count).softmax(2)
-        return weights.to(query.dtype)
+            logits = self.affinity.logits(wide(query), wide(keys))
+        if self.hidden is not None:
+            return logits
+        count = self.count(grid, query, mask).clamp_min(1)  # the product with a mean is the mean of products
+        return area_sums(logits.unflatten(2, grid), self.area) / (count if mask is None else count[:, None])
 
     def dense(self, weights: Float[Tensor, "b n areas"], grid: Sequence[int]) -> Float[Tensor, "b n l"]:
         """What is read from each position: the sum over the areas that contain it. It sums to the mean area read."""
