@@ -32,7 +32,7 @@ class DecoderCase(NamedTuple):
         """A decoder in which nothing is zero."""
         decoder = self.make().to(dtype).eval()
         for parameter in decoder.parameters():
-            nn.init.normal_(parameter, std=0.5)
+            nn.init.normal_(parameter, std=0.5 if parameter.ndim < 2 else min(0.5, parameter.shape[1] ** -0.5))
         return decoder
 
     def __str__(self) -> str:

@@ -49,7 +49,7 @@ def test_is_the_paper_s_equations_word_by_word():
     decoder, held, words = CASES[0].lively(), memory(), sentences()
     said = decoder(decoder.prepare(held), words)
     logits = decoder.write(said.features)
-    attention, cell, start = decoder.attention, decoder.cell, decoder.start
+    attention, cell, start = decoder.attention, decoder.cells[0], decoder.start
     for b in range(2):
         for r in range(3):
             mean = sum(held[b]) / len(held[b])
@@ -77,7 +77,7 @@ def test_is_the_paper_s_equations_word_by_word():
 
 def test_the_gated_recurrent_unit_is_torch_s():
     decoder = CASES[2].lively()
-    cell, torchs = decoder.cell, torch.nn.GRUCell(5 + MEMORY, 6).double()
+    cell, torchs = decoder.cells[0], torch.nn.GRUCell(5 + MEMORY, 6).double()
     torchs.weight_ih.data = torch.cat((cell.known.weight, cell.found.weight), 1).data
     torchs.bias_ih.data, torchs.weight_hh.data, torchs.bias_hh.data = (
         cell.known.bias.data,
@@ -90,7 +90,7 @@ def test_the_gated_recurrent_unit_is_torch_s():
 
 
 def test_the_long_short_term_memory_is_torch_s():
-    cell, torchs = CASES[0].lively().cell, torch.nn.LSTMCell(5 + MEMORY, 6).double()
+    cell, torchs = CASES[0].lively().cells[0], torch.nn.LSTMCell(5 + MEMORY, 6).double()
     torchs.weight_ih.data = torch.cat((cell.known.weight, cell.found.weight), 1).data
     torchs.bias_ih.data, torchs.weight_hh.data = cell.known.bias.data, cell.hidden.weight.data
     torch.nn.init.zeros_(torchs.bias_hh)

@@ -129,17 +129,3 @@ class Embedding(nn.Module):
 def stacked(maps: Sequence[Any]) -> Any:
     """Put the maps of all steps side by side, behind the axes of images and sentences."""
     return tree_map(lambda *each: torch.stack(each, 2) if isinstance(each[0], Tensor) else None, *maps)
-
-
-def summary(
-    memory: Float[Tensor, "b l d"], mask: Tensor | None, which: Literal["mean", "last"] = "mean"
-) -> Float[Tensor, "b d"]:
-    """Return the mean of the regions that are there, or the last of them; zeros where there are none."""
-    if mask is None:
-        return memory.mean(1) if which == "mean" else memory[:, -1]
-    if which == "mean":
-        chosen = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    else:
-        chosen = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-        chosen = chosen & (chosen.cumsum(1) == 1)
-    return torch.bmm(chosen.to(memory.dtype)[:, None], memory)[:, 0]

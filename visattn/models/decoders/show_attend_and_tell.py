@@ -1,39 +1,21 @@
 """Xu et al.: Show, Attend and Tell: Neural Image Caption Generation with Visual Attention (ICML 2015)."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.memory.additive import AdditiveAttention
-from visattn.attention.memory.core import MemoryAttention, Prepared
-from visattn.models.decoders.cells import Cell, Kind
-from visattn.models.decoders.core import Decoder, Embedding, First, Said, stacked, summary
-from visattn.models.network import at_least_one
+from visattn.attention.memory.core import MemoryAttention
+from visattn.models.decoders.core import First
+from visattn.models.decoders.recurrent import Cell, Initial, Kind, RecurrentDecoder, State, Told, Turn
 
 Gate = Literal["scalar", "vector", "none"]
-Initial = Literal["mean", "last", "zeros"]
 Output = Literal["deep", "state"]
 
 
-class Told(NamedTuple):
-    """A memory made ready."""
-
-    regions: Prepared
-    begin: tuple[Float[Tensor, "b h"], ...]
-    """The state of the cell before the first word."""
-
-
-class State(NamedTuple):
-    """What is kept from word to word."""
-
-    cell: tuple[Float[Tensor, "b r h"], ...]
-    attention: Any
-
-
-class ShowAttendAndTell(Decoder):
+class ShowAttendAndTell(RecurrentDecoder):
     r"""Look at the regions before each word: a recurrent cell asks, and reads what it finds in the same step.
 
     .. math:: z_t = \beta_t \sum_i a_{ti} v_i, \quad \beta_t = \sigma(w^\top h_{t-1} + b), \quad
@@ -86,18 +68,23 @@ class ShowAttendAndTell(Decoder):
         tied: bool = False,
         dropout: float = 0.5,
     ):
-        super().__init__(vocabulary, memory)
-        at_least_one(hidden=hidden, embedding=embedding)
-        for name, given, kinds in (("gate", gate, Gate), ("initial", initial, Initial), ("output", output, Output)):
+        states = 1 if cell == "gru" else 2
+        super().__init__(
+            vocabulary,
+            memory,
+            attention=attention,
+            hidden=hidden,
+            embedding=embedding,
+            initial=initial,
+            first=first,
+            states=states,
+        )
+        for name, given, kinds in (("gate", gate, Gate), ("output", output, Output)):
             if given not in get_args(kinds):
                 raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {given!r}")
-        self.words = Embedding(vocabulary, embedding, first=first)
-        self.attention = attention(hidden, memory)
         read = self.attention.features
-        self.cell = Cell(embedding, read, hidden, kind=cell)
+        self.cells = nn.ModuleList([Cell(embedding, read, hidden, kind=cell)])
         self.gate = None if gate == "none" else nn.Linear(hidden, 1 if gate == "scalar" else read)
-        self.initial: Initial = initial
-        self.start = None if initial == "zeros" else nn.Linear(memory, self.cell.states * hidden)
         self.dropout = nn.Dropout(dropout)
         self.from_state = nn.Linear(hidden, embedding) if output == "deep" or (tied and hidden != embedding) else None
         self.from_region = nn.Linear(read, embedding, bias=False) if output == "deep" else None
@@ -105,60 +92,21 @@ class ShowAttendAndTell(Decoder):
         if tied:
             self.out.weight = self.words.weight
 
-    def prepare(
-        self,
-        memory: Float[Tensor, "b l d"],
-        mask: Bool[Tensor, "b l"] | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> Told:
-        regions = self.attention.prepare(memory, mask, size)
-        if self.start is None:
-            begin = (memory.new_zeros(memory.shape[0], self.cell.width),) * self.cell.states
-        else:
-            which: Any = self.initial
-            begin = self.start(summary(memory, mask, which)).tanh().chunk(self.cell.states, -1)
-        return Told(regions, tuple(begin))
-
-    def begin(self, prepared: Told, count: int) -> State:
-        return State(tuple(each[:, None].expand(-1, count, -1) for each in prepared.begin), None)
-
-    def step(
-        self, word: Int[Tensor, "b r"] | None, prepared: Told, state: State
-    ) -> tuple[Float[Tensor, "b r d"], Any, State]:
-        vector = self.words.one(word, state.cell[0].shape[:2])
-        found, maps, state = self._look(self.cell.known(vector), prepared, state)
-        return self._features(state.cell[0], vector, found), maps, state
-
-    def forward(self, prepared: Told, words: Int[Tensor, "b r t"]) -> Said:
-        vectors = self.words(words)
-        known = self.cell.known(vectors).unbind(2)  # for all steps at once
-        state = self.begin(prepared, words.shape[1])
-        hidden, found, maps = [], [], []
-        for each in known:
-            region, where, state = self._look(each, prepared, state)
-            hidden.append(state.cell[0])
-            found.append(region)
-            maps.append(where)
-        return Said(self._features(torch.stack(hidden, 2), vectors, torch.stack(found, 2)), stacked(maps))
-
-    def _look(
-        self, known: Float[Tensor, "b r g"], prepared: Told, state: State
-    ) -> tuple[Float[Tensor, "b r e"], Any, State]:
-        query = state.cell[0]
-        weights, after = self.attention.attend(query, prepared.regions, state.attention)
-        found = self.attention.read(query, prepared.regions, state.attention, weights=weights)
+    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+        query = state.cells[0][0]
+        found, maps, after = self.look(query, prepared, state.attention)
         if self.gate is not None:
             found = found * self.gate(query).sigmoid()
-        return found, weights, State(self.cell(known, found, state.cell), after)
+        cell = self.cells[0](known, found, state.cells[0])
+        return (cell[0], found), maps, State((cell,), None, after)
 
-    def _features(
-        self, hidden: Float[Tensor, "*b h"], vector: Float[Tensor, "*b e"], found: Float[Tensor, "*b z"]
-    ) -> Float[Tensor, "*b d"]:
+    def features(self, vectors: Float[Tensor, "*b e"], found: tuple[Tensor, ...]) -> Float[Tensor, "*b d"]:
+        hidden, region = found
         features = self.dropout(hidden)
         if self.from_state is not None:
             features = self.from_state(features)
         if self.from_region is not None:
-            features = self.dropout((features + vector + self.from_region(found)).tanh())
+            features = self.dropout((features + vectors + self.from_region(region)).tanh())
         return features
 
     def write(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:

@@ -1,0 +1,205 @@
+"""What recurrent decoders have in common: cells whose inputs come in parts, where they start, and how they step."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from visattn.attention.memory.core import MemoryAttention, Prepared
+from visattn.models.decoders.core import Decoder, Embedding, First, Said, stacked
+from visattn.models.network import at_least_one
+
+Kind = Literal["lstm", "gru"]
+Initial = Literal["mean", "last", "zeros"]
+
+
+class Told(NamedTuple):
+    """A memory made ready."""
+
+    regions: Prepared
+    begin: tuple[Float[Tensor, "b h"], ...]
+    """The state of the first cell before the first word."""
+    mean: Float[Tensor, "b d"]
+    """The mean of the regions."""
+
+
+class State(NamedTuple):
+    """What is kept from word to word."""
+
+    cells: tuple[tuple[Float[Tensor, "b r h"], ...], ...]
+    """The state of each cell."""
+    fed: Float[Tensor, "b r e"] | None
+    """What a word leaves to the next beside it."""
+    attention: Any
+
+
+Turn = tuple[tuple[Tensor, ...], Any, State]
+"""What a step found, where it looked, and the state after it."""
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder of recurrent cells, which takes what the words say to all steps at once, and then step by step.
+
+    A subclass has ``cells`` and says what happens in a step, by :meth:`turn`, and what a word is said from, by
+    :meth:`features`.
+
+    Args:
+        vocabulary: How many words there are.
+        memory: Features of the regions.
+        attention: What looks at the regions, called with the features of query and memory.
+        hidden: Units of a cell.
+        embedding: Features of a word.
+        initial: What the first state is made of: the ``"mean"`` region, the ``"last"``, or ``"zeros"``.
+        first: What stands before the first word: a learned vector, ``"begin"``, or ``"zeros"``.
+        states: How many vectors the state of the first cell has.
+    """
+
+    cells: nn.ModuleList
+
+    def __init__(
+        self,
+        vocabulary: int,
+        memory: int,
+        *,
+        attention: Callable[[int, int], MemoryAttention],
+        hidden: int,
+        embedding: int,
+        initial: Initial,
+        first: First,
+        states: int,
+    ):
+        super().__init__(vocabulary, memory)
+        at_least_one(hidden=hidden, embedding=embedding)
+        if initial not in get_args(Initial):
+            raise ValueError(f"initial must be {' or '.join(get_args(Initial))}, got {initial!r}")
+        self.words = Embedding(vocabulary, embedding, first=first)
+        self.attention = attention(hidden, memory)
+        self.initial: Initial = initial
+        self.start = None if initial == "zeros" else nn.Linear(memory, states * hidden)
+
+    def prepare(
+        self,
+        memory: Float[Tensor, "b l d"],
+        mask: Bool[Tensor, "b l"] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Told:
+        regions, mean = self.attention.prepare(memory, mask, size), summary(memory, mask)
+        cell: Any = self.cells[0]
+        if self.start is None:
+            begin = (memory.new_zeros(memory.shape[0], cell.width),) * cell.states
+        else:
+            of = mean if self.initial == "mean" else summary(memory, mask, "last")
+            begin = self.start(of).tanh().chunk(cell.states, -1)
+        return Told(regions, begin, mean)
+
+    def begin(self, prepared: Told, count: int) -> State:
+        first = tuple(each[:, None].expand(-1, count, -1) for each in prepared.begin)
+        others = [(torch.zeros_like(first[0]),) * cell.states for cell in list(self.cells)[1:]]  # type: ignore[operator]
+        return State((first, *others), None, None)
+
+    def ahead(self, vectors: Float[Tensor, "b r *t e"], prepared: Told) -> Float[Tensor, "b r *t g"]:
+        """Return what the first cell makes of the words, for all steps at once."""
+        cell: Any = self.cells[0]
+        return cell.known(vectors)
+
+    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+        """Take a step: return what was found in it, where was looked, and the state after it."""
+        raise NotImplementedError
+
+    def features(self, vectors: Float[Tensor, "*b e"], found: tuple[Tensor, ...]) -> Float[Tensor, "*b d"]:
+        """Return what the next word is said from, by the last one and what was found."""
+        raise NotImplementedError
+
+    def look(self, query: Float[Tensor, "b r q"], prepared: Told, state: Any) -> tuple[Tensor, Any, Any]:
+        """Return what a query reads, where it looks, and the attention's state after it."""
+        weights, after = self.attention.attend(query, prepared.regions, state)
+        return self.attention.read(query, prepared.regions, state, weights=weights), weights, after
+
+    def step(
+        self, word: Int[Tensor, "b r"] | None, prepared: Told, state: State
+    ) -> tuple[Float[Tensor, "b r d"], Any, State]:
+        vectors = self.words.one(word, state.cells[0][0].shape[:2])
+        found, maps, state = self.turn(self.ahead(vectors, prepared), prepared, state)
+        return self.features(vectors, found), maps, state
+
+    def forward(self, prepared: Told, words: Int[Tensor, "b r t"]) -> Said:
+        vectors = self.words(words)
+        state = self.begin(prepared, words.shape[1])
+        everything, maps = [], []
+        for known in self.ahead(vectors, prepared).unbind(2):
+            turned, where, state = self.turn(known, prepared, state)
+            everything.append(turned)
+            maps.append(where)
+        found = tuple(torch.stack(each, 2) for each in zip(*everything, strict=True))
+        return Said(self.features(vectors, found), stacked(maps))
+
+
+class Cell(nn.Module):
+    r"""A long short-term memory, or a gated recurrent unit, whose inputs come in parts.
+
+    .. math:: \begin{pmatrix} i & f & g & o \end{pmatrix} = W_x x + W_z z + W_h h + b, \quad
+        c' = \sigma(f)\, c + \sigma(i) \tanh g, \quad h' = \sigma(o) \tanh c'
+
+    Args:
+        known: Features of what is known of all steps before the first, such as words.
+        found: Features of what is found step by step; 0: nothing.
+        width: Units.
+        kind: ``"lstm"`` or ``"gru"``.
+    """
+
+    def __init__(self, known: int, found: int, width: int, *, kind: Kind = "lstm"):
+        super().__init__()
+        if kind not in get_args(Kind):
+            raise ValueError(f"cell must be {' or '.join(get_args(Kind))}, got {kind!r}")
+        self.kind, self.width = kind, width
+        gates = 4 if kind == "lstm" else 3
+        self.known = nn.Linear(known, gates * width)
+        self.found = nn.Linear(found, gates * width, bias=False) if found else None
+        self.hidden = nn.Linear(width, gates * width, bias=kind == "gru")  # the reset gate stands before its bias
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
+
+    @property
+    def states(self) -> int:
+        """How many vectors its state has; the first is what others see."""
+        return 2 if self.kind == "lstm" else 1
+
+    def forward(
+        self,
+        known: Float[Tensor, "*b g"],
+        found: Float[Tensor, "*b z"] | None,
+        state: tuple[Float[Tensor, "*b h"], ...],
+    ) -> tuple[Float[Tensor, "*b h"], ...]:
+        """Return the state after a step.
+
+        Args:
+            known: What ``self.known`` made of what is known.
+            found: What was found in this step; None: nothing yet.
+            state: The state before it.
+        """
+        hidden = self.hidden(state[0])
+        if found is not None and self.found is not None:
+            known = known + self.found(found)
+        if self.kind == "lstm":
+            in_, forget, new, out = (known + hidden).chunk(4, -1)
+            memory = torch.addcmul(forget.sigmoid() * state[1], in_.sigmoid(), new.tanh())
+            return out.sigmoid() * memory.tanh(), memory
+        reset, update, new = known.chunk(3, -1)
+        old_reset, old_update, old = hidden.chunk(3, -1)
+        new = (new + (reset + old_reset).sigmoid() * old).tanh()
+        return (new + (update + old_update).sigmoid() * (state[0] - new),)
+
+
+def summary(
+    memory: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None, which: Literal["mean", "last"] = "mean"
+) -> Float[Tensor, "b d"]:
+    """Return the mean of the regions that are there, or the last of them; zeros where there are none."""
+    if mask is None:
+        return memory.mean(1) if which == "mean" else memory[:, -1]
+    if which == "mean":
+        chosen = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    else:
+        chosen = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return torch.bmm(chosen.to(memory.dtype)[:, None], memory)[:, 0]
