@@ -13,7 +13,7 @@ from visattn.__main__ import main
 from visattn.commands import predict
 from visattn.data.sources import open_source
 from visattn.data.transforms import Preprocess
-from visattn.models import DifferentiableGlimpseClassifier, DigitClassifier, RecurrentAttention
+from visattn.models import DeepRecurrentAttention, DifferentiableGlimpseClassifier, DigitClassifier, RecurrentAttention
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 SIZE = (3, 64, 96)
@@ -70,6 +70,11 @@ def test_a_folder_is_read_at_any_depth_and_in_order(capsys, model, folder):
     assert [line["file"] for line in found] == [str(folder / name) for name in ("a.bmp", "b.png", "deep/c.jpg")]
     assert [line["predictions"][0]["label"] for line in found] == ["blue", "red", "green"]
     assert model.batches == [2, 1]
+
+
+def test_several_images_and_folders_are_read_one_after_the_other_and_each_once(capsys, model, folder):
+    found = lines(capsys, folder / "b.png", folder / "deep", folder / "b.png", folder / "a.bmp")
+    assert [line["file"] for line in found] == [str(folder / name) for name in ("b.png", "deep/c.jpg", "a.bmp")]
 
 
 def test_probabilities_are_a_softmax_and_sorted(capsys, model, folder):
@@ -151,9 +156,10 @@ def test_a_corrupt_image_is_named_and_skipped_and_counted(capsys, model, folder,
 def test_bad_input_is_one_line(capsys, model, folder, tmp_path):
     (tmp_path / "none").mkdir()
     for arguments, message in (
-        ([tmp_path / "nowhere"], f"error: images must be a file or a folder, {tmp_path / 'nowhere'} does not exist\n"),
+        ([tmp_path / "nowhere"], f"error: images must be files or folders, {tmp_path / 'nowhere'} does not exist\n"),
         ([tmp_path / "none"], f"error: {tmp_path / 'none'} holds no image, which is a file ending in .bmp"),
         ([folder, "--maps", tmp_path / "m", "--query", "64", "0"], "error: query must lie inside the image of 64×96"),
+        ([folder, folder / "b.png", folder / "deep" / ".." / "b.png", "--maps", tmp_path / "m"], "error: images must "),
         ([folder, "--film"], "error: film must be left out without maps, which says where to\n"),
     ):
         assert main(["predict", "checkpoint", *map(str, arguments)]) == 2
@@ -245,6 +251,20 @@ def test_of_a_network_that_looks_here_and_there_the_path_is_drawn(capsys, folder
     assert [line["maps"] for line in found] == [
         [str(out / name / "path.png")] for name in ("a.bmp", "b.png", "deep/c.jpg")
     ]
+
+
+def test_of_a_network_that_names_several_targets_each_has_its_likeliest_class(capsys, folder, tmp_path):
+    sizes = {"width": 8, "glimpse_width": 8, "filters": (2, 2, 2), "context_filters": (2, 2, 2)}
+    network = DeepRecurrentAttention(4, in_chans=3, size=(64, 96), targets=2, glimpses=1, **sizes)
+    preprocess = Preprocess(SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    visattn.save(network, tmp_path / "mine", labels=[*COLOURS, "end"], transform=preprocess)
+    (line,) = lines(capsys, folder / "b.png", "--maps", tmp_path / "maps", checkpoint=tmp_path / "mine")
+    loaded = visattn.load(tmp_path / "mine")
+    with torch.no_grad():
+        wanted = loaded(loaded.transform(Image.open(folder / "b.png"))[None]).softmax(-1)[0].max(1)
+    assert [p["label"] for p in line["predictions"]] == [loaded.labels[k] for k in wanted.indices.tolist()]
+    assert [p["probability"] for p in line["predictions"]] == pytest.approx(wanted.values.tolist(), rel=1e-5)
+    assert line["maps"] == [str(tmp_path / "maps" / "b.png" / "path.png")]
 
 
 def test_the_overview_says_how_far_the_gates_have_opened():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ def positive(text: str) -> int:
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a folder that `save` or training has written, or Lightning's .ckpt")
-    parser.add_argument("images", type=Path, help="an image, or a folder of images, at any depth")
+    parser.add_argument(
+        "images", type=Path, nargs="+", help="images, or folders of images, at any depth", metavar="image"
+    )
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes listed for an image (default: 5)")
     parser.add_argument(
         "--maps", type=Path, metavar="FOLDER", help="draw maps, warps and paths as PNG, in a folder for each image"
@@ -54,15 +57,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def find(path: Path) -> list[Path]:
-    """Return the images at a path, in the order of their names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"images must be a file or a folder, {path} does not exist")
-    found = [path / name for name in sorted(Folder(path).images())]
-    if not found:
-        raise ValueError(f"{path} holds no image, which is a file ending in {', '.join(IMAGES)}")
+def find(paths: list[Path]) -> dict[Path, str]:
+    """Return the images at some paths, those of a folder in the order of their names, and what each is called there."""
+    found: dict[Path, str] = {}
+    for path in paths:
+        if path.is_file():
+            found[path] = path.name
+            continue
+        if not path.is_dir():
+            raise FileNotFoundError(f"images must be files or folders, {path} does not exist")
+        names = sorted(Folder(path).images())
+        if not names:
+            raise ValueError(f"{path} holds no image, which is a file ending in {', '.join(IMAGES)}")
+        found |= {path / name: name for name in names}
     return found
 
 
@@ -84,9 +91,12 @@ def batches(
 
 
 def probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """Return a probability for each image and class: of each on its own where an image may have several labels."""
+    """Return a probability for each image and class: of each on its own where an image may have several labels.
+
+    Of a network that names several targets, one after another, for each of them.
+    """
     logits = model(x)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 + (getattr(model, "targets", 1) > 1):
         raise ValueError("checkpoint must be of a classifier, which gives one logit for each class")
     if not logits.isfinite().all():
         raise ValueError("checkpoint gives logits that are NaN or infinite")
@@ -97,7 +107,11 @@ def probabilities(model: nn.Module, x: Tensor) -> Tensor:
 def run(args: Namespace) -> int:
     if args.film and not args.maps:
         raise ValueError("film must be left out without maps, which says where to")
-    paths = find(args.images)
+    names = find(args.images)
+    if args.maps and len(set(names.values())) < len(names):
+        twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
+        raise ValueError(f"images must have names of their own for maps, {twice} is there several times")
+    paths = list(names)
     model: Any = load(args.checkpoint, device=args.device)
     if model.task == "verification":
         raise ValueError(f"checkpoint must be of a classifier, {args.checkpoint} compares two images")
@@ -115,17 +129,21 @@ def run(args: Namespace) -> int:
         for files, x in batches(paths, model.transform, size, skipped):
             recording: AbstractContextManager[dict[str, Any]] = record(model) if args.maps else nullcontext({})
             with recording as maps:
-                best = probabilities(model, x.to(args.device)).cpu().sort(descending=True, stable=True)
+                likely = probabilities(model, x.to(args.device)).cpu()
+            one = likely.ndim == 2
+            best = likely.sort(descending=True, stable=True) if one else likely.max(-1)
+            top = args.top if one else likely.shape[1]
             for file, values, classes in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
-                labels = [model.labels[k] if model.labels else str(k) for k in classes[: args.top]]
-                found = list(zip(labels, values[: args.top], strict=True))
+                labels = [model.labels[k] if model.labels else str(k) for k in classes[:top]]
+                found = list(zip(labels, values[:top], strict=True))
                 result: dict[str, Any] = {
                     "file": str(file),
                     "predictions": [{"label": label, "probability": p} for label, p in found],
                 }
                 if args.maps:
-                    folder = args.maps / (file.relative_to(args.images) if args.images.is_dir() else file.name)
-                    title = f"{file.name}: {found[0][0]} {found[0][1]:.2f}{gates(model)}"
+                    folder, said = args.maps / names[file], found[:1] if one else found
+                    title = f"{file.name}: {' '.join(label for label, _ in said)}"
+                    title += f" {math.prod(p for _, p in said):.2f}{gates(model)}"
                     if isinstance(model, Looker):
                         result["maps"] = draw_looks(model, x.to(args.device), folder, title, args.film)
                     else:
