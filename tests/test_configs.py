@@ -25,7 +25,7 @@ class Parsed(CommandLine):
 def test_parses(file):
     config = Parsed(["fit", "--config", str(file)]).config["fit"]
     assert config["task"] in known_tasks()
-    assert config["data"]["root"]
+    assert config["data"].get("root") or config["data"].get("images")
     assert config["trainer"]["default_root_dir"].startswith("runs/")
 
 

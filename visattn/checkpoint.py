@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from visattn import attention, models
 from visattn.attention.base import Attention
 from visattn.data.transforms import Preprocess
+from visattn.data.vocabulary import Vocabulary
 from visattn.models import decoders
 from visattn.surgery import Site, SurgeryError, attach, insertions, remove
 from visattn.version import __version__
@@ -54,6 +55,8 @@ BLOCK: dict[str, Any] = {
     "labels": (list, NoneType),
     "versions": dict,
 }
+LATER: dict[str, Any] = {"vocabulary": (dict, NoneType)}
+"""What checkpoints of before do not say."""
 
 
 class CheckpointError(ValueError):
@@ -70,6 +73,7 @@ def save(
     labels: Sequence[str] | None = None,
     transform: Preprocess | None = None,
     task: str | None = None,
+    vocabulary: Vocabulary | None = None,
     model_args: Mapping[str, Any] | None = None,
     only: Literal["inserted"] | None = None,
     card: str | None = None,
@@ -86,6 +90,7 @@ def save(
         labels: Names of the classes, in the order of the logits; left out, those the model was loaded with.
         transform: What makes its input of an image; left out, that the model was loaded with, else timm's.
         task: What it was trained for, such as ``"classification"``.
+        vocabulary: What the numbers stand for that it says as words; left out, that the model was loaded with.
         model_args: Arguments of ``timm.create_model`` that timm does not remember, such as ``drop_path_rate``.
         only: ``"inserted"`` leaves the backbone out: kilobytes, to be loaded by ``into=``.
         card: What the card should say beside what is known: data, command, metrics; Markdown.
@@ -108,7 +113,8 @@ def save(
     if only not in (None, "inserted"):
         raise ValueError(f'only must be "inserted" or None, got {only!r}')
     folder, model = Path(folder), _unwrapped(model)
-    config = describe(model, labels=labels, transform=transform, task=task, model_args=model_args, only=only)
+    known: Any = {"labels": labels, "transform": transform, "task": task, "vocabulary": vocabulary}
+    config = describe(model, **known, model_args=model_args, only=only)
     state, ours = _separate(model.state_dict()), _ours(model)
     if config["visattn"]["model"]:
         weights = {INSERTED: state}
@@ -134,6 +140,7 @@ def describe(
     labels: Sequence[str] | None = None,
     transform: Preprocess | None = None,
     task: str | None = None,
+    vocabulary: Vocabulary | None = None,
     model_args: Mapping[str, Any] | None = None,
     only: Literal["inserted"] | None = None,
 ) -> dict[str, Any]:
@@ -148,8 +155,8 @@ def describe(
     architecture = _architecture(model)
     if model_args and not architecture:
         raise CheckpointError(f"model_args are for a backbone that timm builds, got one for {type(model).__name__}")
-    about: dict[str, Any] = {"labels": labels, "transform": transform, "task": task}
-    for name, kind in {"labels": list, "transform": Preprocess, "task": str}.items():
+    about: dict[str, Any] = {"labels": labels, "transform": transform, "task": task, "vocabulary": vocabulary}
+    for name, kind in {"labels": list, "transform": Preprocess, "task": str, "vocabulary": Vocabulary}.items():
         if about[name] is None and isinstance(getattr(model, name, None), kind):
             about[name] = getattr(model, name)  # what it was loaded with
     if about["transform"] is None and architecture:
@@ -158,6 +165,10 @@ def describe(
     classes = getattr(model, "num_classes", 0)
     if about["labels"] is not None and classes and len(about["labels"]) != classes:
         raise CheckpointError(f"labels must name each of the {classes} classes, got {len(about['labels'])}")
+
+    words = about["vocabulary"]
+    if words is not None and len(words) != (size := getattr(getattr(model, "decoder", None), "vocabulary", None)):
+        raise CheckpointError(f"vocabulary must have the words of the model, {size}, got {len(words):,}")
 
     config: dict[str, Any] = {}
     if architecture:
@@ -174,6 +185,7 @@ def describe(
         "task": about["task"],
         "transform": asdict(about["transform"]) if about["transform"] else None,
         "labels": None if about["labels"] is None else [str(label) for label in about["labels"]],
+        "vocabulary": None if words is None else words.state,
         "versions": _versions(),
     }
     config = json.loads(json.dumps(config))
@@ -330,6 +342,8 @@ def _card(model: nn.Module, config: dict[str, Any], folder: Path, said: str | No
     lines += [f"- Task: {block['task']}"] if block["task"] else []
     if labels := block["labels"]:
         lines.append(f"- Labels: {len(labels)}: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}")
+    if block["vocabulary"]:
+        lines.append(f"- Vocabulary: {len(Vocabulary.load(block['vocabulary'])):,} words")
     if block["transform"]:
         lines.append("- Input: " + ", ".join(f"{key} {value}" for key, value in block["transform"].items()))
     lines.append("- Written by: " + ", ".join(f"{key} {version}" for key, version in block["versions"].items()))
@@ -383,8 +397,8 @@ def load(
         device: Where the model goes.
 
     Returns:
-        The model, in eval mode, with ``.transform`` (what makes its input of an image), ``.labels`` and ``.task``, each
-        None where the checkpoint does not say.
+        The model, in eval mode, with ``.transform`` (what makes its input of an image), ``.labels``, ``.task`` and
+        ``.vocabulary`` (what the numbers stand for that it says as words), each None where the checkpoint does not say.
 
     Raises:
         CheckpointError: If there is no whole checkpoint, it needs ``into`` or ``classes``, or it is of another model.
@@ -463,7 +477,8 @@ def _checked(config: Any) -> dict[str, Any]:
         raise CheckpointError("it has no visattn block; a plain timm folder is for timm.create_model('local-dir:…')")
     if block.get("format") != FORMAT:
         raise CheckpointError(f"its format is {block.get('format')!r}, this version of visattn reads {FORMAT}")
-    for name, kind in BLOCK.items():
+    block |= {name: None for name in LATER if name not in block}
+    for name, kind in (BLOCK | LATER).items():
         if name not in block or not isinstance(block[name], kind):
             raise CheckpointError(f"its visattn block has no {name}, or a wrong one: {block.get(name)!r}")
     return config
@@ -475,7 +490,11 @@ def _about(block: dict[str, Any]) -> dict[str, Any]:
         transform = None if fields is None else Preprocess(**{key: _given(value) for key, value in fields.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"its transform is described wrongly: {_line(error)}") from error
-    return {"transform": transform, "labels": block["labels"], "task": block["task"]}
+    try:
+        vocabulary = None if block["vocabulary"] is None else Vocabulary.load(block["vocabulary"])
+    except (ImportError, TypeError, ValueError) as error:
+        raise CheckpointError(f"its vocabulary cannot be read: {_line(error)}") from error
+    return {"transform": transform, "labels": block["labels"], "task": block["task"], "vocabulary": vocabulary}
 
 
 def _restore(

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from visattn.data.sources import DataError, Split, download, open_source
+from visattn.data.sources import DataError, Source, Split, download, open_source
 from visattn.data.transforms import Augment, Augmentation, Interpolation, Preprocess, as_seen, spread
 
 ATTEMPTS = 20  # how many images in a row may be unreadable before training gives up
@@ -80,7 +79,7 @@ class Samples(Dataset):
             if attempt:
                 index = int(np.random.default_rng((*seed, attempt)).integers(len(self.split)))
             try:
-                image = as_seen(self.split.read(index), self.preprocess.input_size[0])
+                image = self.read(index)
             except Exception as error:  # decoders raise anything at damaged bytes
                 unreadable[self.split.name(index)] = f"{type(error).__name__}: {error}"
             else:
@@ -88,15 +87,22 @@ class Samples(Dataset):
                 return Sample(self.transform(image, seed), target, unreadable)
         return Sample(None, None, unreadable)
 
-    def transform(self, image: Image.Image, seed: Sequence[int]) -> Tensor:
+    def read(self, index: int) -> Any:
+        """Return an image as it is before :meth:`transform`."""
+        return as_seen(self.split.read(index), self.preprocess.input_size[0])
+
+    def transform(self, image: Any, seed: Sequence[int]) -> Tensor:
         return self.augmentation(image, seed) if self.augmentation else self.preprocess(image)
 
+    def collate(self, samples: list[Sample]) -> tuple[Any, dict[str, str]]:
+        """Return the batch of the samples that have an image, None where none has, and what was unreadable."""
+        pairs = [(sample.image, sample.target) for sample in samples if sample.image is not None]
+        unreadable = {name: why for sample in samples for name, why in sample.unreadable.items()}
+        return self.batch(pairs) if pairs else None, unreadable
 
-def collate(samples: list[Sample]) -> tuple[Any, dict[str, str]]:
-    """Return the batch of the samples that have an image, None where none has, and what was unreadable."""
-    pairs = [(sample.image, sample.target) for sample in samples if sample.image is not None]
-    unreadable = {name: why for sample in samples for name, why in sample.unreadable.items()}
-    return default_collate(pairs) if pairs else None, unreadable
+    def batch(self, pairs: list[tuple[Any, Any]]) -> Any:
+        """Return images and targets as one batch."""
+        return default_collate(pairs)
 
 
 class Loader(DataLoader):
@@ -285,7 +291,7 @@ class Images(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if not self.splits:
-            source = open_source(self.root, directory=self.directory)
+            source = self.source()
             self.labels, self.multi_label = source.labels, source.multi_label
             self.splits = self.divided(source.splits)
             self.preprocess = self.prepared(getattr(self, "preprocess", None), source.input_size)
@@ -296,6 +302,10 @@ class Images(pl.LightningDataModule):
         if self.predict_root and "predict" not in self.splits:
             found = open_source(self.predict_root, directory=self.directory, labelled=False).splits
             self.splits["predict"] = next(found[name] for name in ("predict", "test", "train") if name in found)
+
+    def source(self) -> Source:
+        """Return what lies there."""
+        return open_source(self.root, directory=self.directory)
 
     def divided(self, splits: dict[str, Split]) -> dict[str, Split]:
         """Return the splits, something held out, and no more of each class than was asked for."""
@@ -353,7 +363,7 @@ class Images(pl.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=samples.collate,
             pin_memory=self.pin_memory,
             persistent_workers=workers > 0,
             drop_last=isinstance(sampler, Shuffled) and len(sampler) >= self.batch_size,

@@ -297,6 +297,13 @@ class Tar(Files):
         return {**self.__dict__, "data": self.data if isinstance(self.data, bytes) else None}
 
 
+def open_files(path: Path) -> Files:
+    """Return the files of a folder or an archive."""
+    if path.is_dir():
+        return Folder(path)
+    return Zip(path) if path.suffix.lower() == ".zip" else Tar(path)
+
+
 def open_source(root: str, *, directory: str = "data", labelled: bool = True) -> Source:
     """Find the labels and splits of what lies at ``root``; without labels, one split ``predict`` of all images.
 
@@ -329,7 +336,7 @@ def open_source(root: str, *, directory: str = "data", labelled: bool = True) ->
         raise DataError(
             f"root must be a folder, an archive ({', '.join(ARCHIVES)}) or one of {', '.join(SETS)}; {root!r} {what}"
         )
-    files = Folder(path) if path.is_dir() else Zip(path) if path.suffix.lower() == ".zip" else Tar(path)
+    files = open_files(path)
     images = files.images()
     if not images:
         raise DataError(f"{root} holds no image, which is a file ending in {', '.join(IMAGES)}")

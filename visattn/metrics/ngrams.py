@@ -151,7 +151,7 @@ class References:
             over[:, self.count_end :] |= ends[:, : ends.shape[1] - self.count_end]
         return np.where(np.logical_or.accumulate(over, 1), -1, tokens)
 
-    def read(self, captions: Captions) -> Int[np.ndarray, "b t"]:
+    def read(self, captions: Captions) -> Int[np.ndarray, "rows length"]:
         """Return captions as rows of numbers, −1 behind their ends; those of an array in the order of its rows.
 
         Raises:

@@ -95,11 +95,6 @@ class Captioner(Built):
         self.dropout = nn.Dropout(dropout)
         self.decoder = decoder(vocabulary, features)
 
-    @property
-    def vocabulary(self) -> int:
-        """How many words there are."""
-        return self.decoder.vocabulary
-
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e rows columns"]:
         """Return the last map of the backbone: what a frozen one need not compute twice."""
         return self.site.to_map(self.backbone.forward_features(images))
@@ -129,4 +124,8 @@ class Captioner(Built):
 
     def caption(self, images: Float[Tensor, "b c h w"], **options: Any) -> Sentences:
         """Say what is in images, by :func:`~visattn.models.decoders.beam`, which has the options."""
-        return beam(self.decoder, self.prepare(images), end=self.end, **options)
+        return self.say(self.prepare(images), **options)
+
+    def say(self, prepared: Any, **options: Any) -> Sentences:
+        """Say what is in images that were made ready; see :meth:`caption`."""
+        return beam(self.decoder, prepared, end=self.end, **options)

@@ -1,6 +1,7 @@
 """What is trained, with which loss and which metrics (Lightning)."""
 
 from visattn.tasks.base import Task
+from visattn.tasks.captioning import Captioning
 from visattn.tasks.classification import Classification
 from visattn.tasks.focusing import Focusing
 from visattn.tasks.generation import Generation
@@ -12,6 +13,7 @@ from visattn.tasks.watch import Alignment, Gaze
 
 __all__ = [
     "Alignment",
+    "Captioning",
     "Classification",
     "Focusing",
     "Gaze",

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from visattn import attention
 from visattn.attention import Attention
+from visattn.attention.memory.core import MemoryAttention
 from visattn.checkpoint import describe
 from visattn.data.transforms import Preprocess
 from visattn.surgery import insertions
@@ -113,7 +115,11 @@ class Task(pl.LightningModule):
     @cached_property
     def penalised(self) -> dict[str, "Penalised"]:
         """What collects the penalties, by the names of the modules; the same in every step, as compilers want it."""
-        found = {n: m for n, m in self.model.named_modules() if isinstance(m, Attention) and hasattr(m, "penalty")}
+        found = {
+            n: m
+            for n, m in self.model.named_modules()
+            if hasattr(m, "penalty") and isinstance(m, Attention) and not isinstance(m, MemoryAttention)
+        }
         names = {n: n.removeprefix("visattn.").removesuffix(".attention").replace("__", ".") for n in found}
         return {names[n]: Penalised(module) for n, module in found.items()}
 
@@ -144,8 +150,8 @@ class Task(pl.LightningModule):
     # --- optimization -------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        attention = [module for module in self.model.modules() if isinstance(module, Attention)]
-        ours = {id(p) for part in (*insertions(self.model), *attention) for p in part.parameters()}
+        looks = [module for module in self.model.modules() if isinstance(module, Attention)]
+        ours = {id(p) for part in (*insertions(self.model), *looks) for p in part.parameters()}
         exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, p in self.model.named_parameters():
@@ -318,22 +324,32 @@ def found_class(make: Any, what: str = "network") -> type:
     return cls
 
 
+def plainly(make: Any, what: str) -> Any:
+    """Return a class, or whatever makes one, as ``functools.partial`` of it; so also what is among its options."""
+    cls = found_class(make, what)
+    options: dict[str, Any] = {}
+    while isinstance(make, partial):
+        options = make.keywords | options
+        make = make.func
+    return partial(cls, **{n: plainly(v, n) if isinstance(v, (partial, type)) else v for n, v in options.items()})
+
+
 def _named(make: Any, what: str) -> Any:
     """Write a class, or ``functools.partial`` of one, or several, in plain values, as a checkpoint may hold them."""
     if isinstance(make, list):
         return [_named(one, what) for one in make]
     if make is None:
         return None
-    cls = found_class(make, what)
-    options: dict[str, Any] = {}
-    while isinstance(make, partial):
-        options = make.keywords | options
-        make = make.func
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(options)}
+    made = plainly(make, what)
+    options = {n: _named(value, n) if isinstance(value, partial) else value for n, value in made.keywords.items()}
+    return {"class_path": f"{made.func.__module__}.{made.func.__qualname__}", "init_args": options}
 
 
 def _called(named: Any, module: ModuleType, what: str) -> Any:
-    """Turn what :func:`_named` wrote into what it was. Nothing is imported because a checkpoint names it."""
+    """Turn what :func:`_named` wrote into what it was. Nothing is imported because a checkpoint names it.
+
+    Among its options, classes are attention.
+    """
     if isinstance(named, list):
         return [_called(one, module, what) for one in named]
     if named is None:
@@ -344,4 +360,8 @@ def _called(named: Any, module: ModuleType, what: str) -> Any:
         raise ValueError(
             f"{what} {path!r} is not in {module.__name__}: give the class to load_from_checkpoint as {what}="
         )
-    return partial(cls, **named["init_args"])
+    options = {
+        name: _called(value, attention, name) if isinstance(value, dict) and "class_path" in value else value
+        for name, value in named["init_args"].items()
+    }
+    return partial(cls, **options)

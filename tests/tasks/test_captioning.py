@@ -1,0 +1,303 @@
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import visattn
+from visattn.attention import AdditiveAttention, CoverageAttention, HardAttention, MultiHeadAttention
+from visattn.checkpoint import CheckpointError
+from visattn.data.captions import CaptionBatch, Captions
+from visattn.metrics.cider import CiderD
+from visattn.models.decoders import LuongDecoder, ShowAttendAndTell
+from visattn.tasks import Captioning
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
+SMALL = partial(ShowAttendAndTell, hidden=24, embedding=16, dropout=0.0, first="begin")
+LITTLE = {"backbone": "resnet10t", "decoder": SMALL, "width": 16, "beam": 2}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Twenty squares of four colours, with three captions each."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = ["image,caption,split"]
+    for k in range(20):
+        name, colour = list(COLOURS.items())[k % 4]
+        Image.new("RGB", (40, 40), colour).save(folder / f"{k}.png")
+        split = "val" if k >= 12 else "train"
+        rows += [f"{k}.png,{said},{split}" for said in (f"a {name} square", f"it is {name}", f"a square of {name}")]
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def data(photos):
+    def make(**options) -> Captions:
+        few = {"captions_per_image": 3, "batch_size": 4, "workers": 0, "min_count": 1, "size": 32}
+        return Captions(str(photos.parent / "captions.csv"), str(photos), **few | options)
+
+    return make
+
+
+@pytest.fixture
+def fit(data, trainer):
+    """Trains, and returns the trainer."""
+
+    def run(task, *callbacks, of=None, **options):
+        found = trainer(*callbacks, **options)
+        found.checkpoint_callbacks[0].monitor = "val/cider_d"
+        found.fit(task, datamodule=of or data())
+        return found
+
+    return run
+
+
+class Losses(pl.Callback):
+    def __init__(self):
+        self.all: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.all.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def built(data, **options) -> tuple[Captioning, CaptionBatch]:
+    """A task with its network, as a trainer would build it, and a batch."""
+    found = data()
+    found.setup()
+    task = Captioning(**LITTLE | options)
+    task._trainer = pl.Trainer(max_steps=1, logger=False, accelerator="cpu", enable_progress_bar=False)
+    task._trainer.datamodule = found
+    task._trainer.state.fn = None
+    task.configure_model()
+    task.log = task.log_dict = lambda *_, **__: None
+    return task, next(iter(found.train_dataloader()))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_the_true_words(data):
+    task, batch = built(data)
+    loss = task.training_loss(batch)
+    logits = task.model(batch.images, batch.words[:, :, :-1])
+    nats, count = 0.0, 0
+    for b in range(len(batch.words)):
+        for r in range(batch.words.shape[1]):
+            for t in range(int(batch.lengths[b, r])):
+                nats -= logits[b, r, t].log_softmax(0)[batch.words[b, r, t]].item()
+                count += 1
+    assert loss.item() == pytest.approx(nats / count, rel=1e-5)
+    padded = batch._replace(words=F.pad(batch.words, (0, 3), value=task.model.end))
+    assert task.training_loss(padded).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_regions_are_looked_at_alike(data):
+    plain, batch = built(data)
+    for target in ("one", "length"):
+        task, _ = built(data, doubly=0.5, target=target)
+        task.model.load_state_dict(plain.model.state_dict())
+        said = task.model.told(batch.images, batch.words[:, :, :-1])
+        there = torch.arange(batch.words.shape[2]) < batch.lengths[..., None]
+        expected = []
+        for maps, on in zip(said.maps.flatten(0, 1), there.flatten(0, 1), strict=True):
+            total = maps[on].sum(0)
+            share = 1.0 if target == "one" else on.sum() / len(total)
+            expected.append(sum((share - each) ** 2 for each in total))
+        difference = task.training_loss(batch) - plain.training_loss(batch)
+        torch.testing.assert_close(difference, 0.5 * torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_penalty_of_an_attention_counts(data):
+    task, batch = built(data, attention=CoverageAttention, penalty_factor=0.0)
+    without = task.training_loss(batch)
+    task.hparams["penalty_factor"] = 2.0
+    said = task.model.told(batch.images, batch.words[:, :, :-1])
+    there = torch.arange(batch.words.shape[2]) < batch.lengths[..., None]
+    expected = without + 2 * task.model.decoder.attention.penalty(said.maps, there)
+    torch.testing.assert_close(task.training_loss(batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_picks_are_taught_by_what_they_make_likely(data):
+    task, batch = built(data, attention=partial(HardAttention, expected=0.0), policy_factor=1.0, entropy_factor=0.0)
+    task.average.fill_(-3.0)
+    torch.manual_seed(0)
+    task.model.train()
+    loss = task.training_loss(batch)
+    torch.manual_seed(0)
+    said = task.model.told(batch.images, batch.words[:, :, :-1])
+    there = torch.arange(batch.words.shape[2]) < batch.lengths[..., None]
+    log_p = task.model.decoder.write(said.features).log_softmax(-1).gather(3, batch.words[..., None])[..., 0] * there
+    reward = log_p.sum(2) / batch.lengths
+    average = 0.9 * -3.0 + 0.1 * reward.mean()
+    picked = (said.maps.weights * said.maps.probabilities.log()).sum(-1) * there
+    expected = -log_p.sum() - ((reward - average).detach()[..., None] * picked).sum()
+    torch.testing.assert_close(loss, expected / there.sum(), rtol=1e-4, atol=1e-5)
+    assert task.average.item() == pytest.approx(average.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("decoder", [SMALL, partial(LuongDecoder, hidden=8, embedding=8)], ids=["sat", "luong"])
+def test_words_are_read_as_they_would_have_been_said(data, decoder, monkeypatch):
+    task, batch = built(data, decoder=decoder, scheduled=0.5)
+    task.model.eval()
+    prepared, words = task.model.prepare(batch.images), batch.words[:, :, :-1]
+    monkeypatch.setattr(pl.Trainer, "estimated_stepping_batches", 10)
+    assert torch.equal(task.read_words(prepared, words), words)  # at the start
+    monkeypatch.setattr(Captioning, "global_step", 10)
+    torch.manual_seed(0)
+    changed = [(task.read_words(prepared, words) != words).float().mean().item() for _ in range(20)]
+    assert 0.3 < sum(changed) / 20 <= 0.5  # half are drawn, and now and then fall on the word itself
+
+
+def test_sentences_are_rewarded_by_their_cider(data):
+    task, batch = built(data, learning="self_critical", samples=3)
+    task.scorer = CiderD(task.trainer.datamodule.references("train"), end=task.model.end)
+    torch.manual_seed(1)
+    loss = task.training_loss(batch)
+    torch.manual_seed(1)
+    prepared = task.model.prepare(batch.images)
+    found = visattn.models.decoders.sample(task.model.decoder, prepared, end=task.model.end, count=3)
+    total, count = torch.zeros(()), 0
+    for b in range(len(found.words)):
+        rewards = [float(task.scorer(found.words[b : b + 1, n], batch.indices[b : b + 1])[0]) for n in range(3)]
+        for n in range(3):
+            others = [r for k, r in enumerate(rewards) if k != n]
+            log_p = task.model.decoder.write(
+                task.model.decoder(task.model.prepare(batch.images), found.words[:, :, :-1]).features
+            )[b, n].log_softmax(-1)
+            for t in range(int(found.lengths[b, n])):
+                total = total - (rewards[n] - sum(others) / 2) * log_p[t, found.words[b, n, t]]
+                count += 1
+    torch.testing.assert_close(loss, total / count, rtol=1e-4, atol=1e-5)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_learns_to_name_colours_and_says_so(fit, data, trainer, tmp_path):
+    pl.seed_everything(0)
+    losses = Losses()
+    task = Captioning(**LITTLE | {"freeze_backbone": False, "optimizer": partial(torch.optim.Adam, lr=1e-2)})
+    found = fit(task, losses, max_epochs=40, check_val_every_n_epoch=40)
+    assert losses.all[-1]["train/loss"] < 0.5 * losses.all[0]["train/loss"]
+    assert found.callback_metrics["val/cider_d"] > 3
+    assert 2.5 < found.callback_metrics["val/words"] <= 4
+    model = visattn.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert model.vocabulary == task.vocabulary
+    for name, colour in COLOURS.items():
+        said = model.caption(model.transform(Image.new("RGB", (40, 40), colour))[None])
+        assert name in model.vocabulary.decode(said.words[0, 0].tolist())
+
+
+def test_a_frozen_backbone_stays_and_its_maps_are_made_once(fit, data, tmp_path):
+    of = data(cache=str(tmp_path / "cache"))
+    task = Captioning(**LITTLE)
+    calls = []
+    task_features = visattn.models.Captioner.features
+
+    def counted(self, images):
+        calls.append(len(images))
+        return task_features(self, images)
+
+    visattn.models.Captioner.features = counted
+    try:
+        found = fit(task, of=of, max_epochs=2)
+        before = {name: value.clone() for name, value in task.model.backbone.state_dict().items()}
+        assert sum(calls) == 20
+        assert found.callback_metrics["val/bleu_1"] >= 0
+        again = fit(Captioning(**LITTLE), of=data(), max_epochs=1)  # without a cache: every batch
+        assert sum(calls) > 40
+    finally:
+        visattn.models.Captioner.features = task_features
+    assert all(torch.equal(value, before[name]) for name, value in task.model.backbone.state_dict().items())
+    assert not any(p.requires_grad for p in again.lightning_module.model.backbone.parameters())
+
+
+def test_goes_on_by_itself_from_a_captioner_that_was_trained(fit, tmp_path):
+    fit(Captioning(**LITTLE), max_epochs=1)
+    first = tmp_path / "checkpoints" / "last.ckpt"
+    task = Captioning(**LITTLE | {"learning": "self_critical", "start": str(first), "baseline": "greedy"})
+    losses = Losses()
+    fit(task, losses, max_epochs=2)
+    assert "train/reward" in losses.all[-1]
+    with pytest.raises(ValueError, match="start must be a captioner that was trained already for self_critical"):
+        fit(Captioning(**LITTLE | {"learning": "self_critical"}))
+
+
+def test_any_attention_plugs_in(fit):
+    for attention in (partial(MultiHeadAttention, heads=2), partial(HardAttention, attention=AdditiveAttention)):
+        found = fit(Captioning(**LITTLE | {"attention": attention, "doubly": 0.1}), max_steps=2)
+        assert torch.tensor(float(found.callback_metrics["train/loss"])).isfinite()
+
+
+def test_scores_are_those_of_all_images_once(data, monkeypatch):
+    task, _ = built(data)
+    logged = {}
+    task.log, task.log_dict = lambda name, value, **_: logged.update({name: value}), logged.update
+    task.said = [("1.png", "a red square", ["a red square"]), ("1.png", "a red square", ["a red square"])]
+    task.said += [("2.png", "a dog", ["it is blue", "a blue square"])]
+    task.compare("val")
+    assert logged["val/words"] == 2.5
+    assert logged["val/bleu_1"] == pytest.approx(4 / 5 * math.exp(1 - 6 / 5))
+    assert not task.said
+
+
+# --- checkpoints and bad input ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_its_words(data, tmp_path):
+    task, batch = built(data)
+    visattn.save(task.model, tmp_path / "mine", **task.described)
+    model = visattn.load(tmp_path / "mine")
+    assert model.vocabulary.decode(batch.words[0, 0].tolist()) == task.vocabulary.decode(batch.words[0, 0].tolist())
+    assert f"Vocabulary: {len(task.vocabulary)} words" in (tmp_path / "mine" / "card.md").read_text()
+    config = tmp_path / "mine" / "config.json"
+    config.write_text(config.read_text().replace('"words":', '"letters":'))
+    with pytest.raises(CheckpointError, match="its vocabulary cannot be read: state must be that of a vocabulary"):
+        visattn.load(tmp_path / "mine")
+    task.vocabulary.known.append("more")
+    with pytest.raises(CheckpointError, match="vocabulary must have the words of the model"):
+        visattn.save(task.model, tmp_path / "other", **task.described)
+
+
+def test_words_of_others_are_refused(fit, data, tmp_path, photos):
+    fit(Captioning(**LITTLE), max_epochs=1)
+    text = (photos.parent / "captions.csv").read_text()
+    (photos.parent / "captions.csv").write_text(text.replace("square", "circle"))
+    with pytest.raises(ValueError, match="start must have the words of the data"):
+        fit(Captioning(**LITTLE | {"start": str(tmp_path / "checkpoints" / "last.ckpt")}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet10x"}, "backbone 'resnet10x' is not known to timm; close: "),
+        ({"learning": "reward"}, "learning must be cross_entropy or self_critical, got 'reward'"),
+        ({"baseline": "none"}, "baseline must be greedy or leave_one_out, got 'none'"),
+        ({"target": "two"}, "target must be one or length, got 'two'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"beam": 0}, "beam must be at least 1, got 0"),
+        ({"longest": 0}, "longest must be at least 1, got 0"),
+        ({"learning": "self_critical", "samples": 1}, "samples must be at least 2 for leave_one_out"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
+        ({"doubly": -1.0}, "doubly must not be negative, got -1.0"),
+    ],
+)
+def test_refuses_options_out_of_range(options, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        Captioning(**LITTLE | options)
+
+
+def test_a_cache_is_for_a_backbone_that_stays(fit, data, tmp_path):
+    with pytest.raises(ValueError, match="cache must be left out where the backbone learns"):
+        fit(Captioning(**LITTLE | {"freeze_backbone": False}), of=data(cache=str(tmp_path / "cache")))
+
+
+def test_needs_to_be_told_the_words():
+    with pytest.raises(ValueError, match="the data must say which words there are"):
+        Captioning(**LITTLE).configure_model()

@@ -1,0 +1,397 @@
+"""Say what is in a picture: a backbone of timm and a decoder that looks at its map, trained by Lightning."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from pytorch_lightning.cli import ReduceLROnPlateau
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from visattn import attention as zoo
+from visattn.attention.core import wide
+from visattn.attention.memory.core import MemoryAttention
+from visattn.attention.memory.hard import HardWeights
+from visattn.data.captions import CaptionBatch, Captions, ReferenceBatch
+from visattn.data.features import digest
+from visattn.data.vocabulary import Vocabulary
+from visattn.metrics.cider import CiderD
+from visattn.metrics.evaluation import evaluate
+from visattn.models import decoders
+from visattn.models.captioner import Captioner
+from visattn.models.decoders import Decoder, Said, Sentences, ShowAttendAndTell, sample
+from visattn.models.decoders.recurrent import RecurrentDecoder
+from visattn.tasks.base import Task, known_to_timm, plainly, trained_weights
+from visattn.tasks.run import RunError
+
+MakeDecoder = Callable[[int, int], Decoder]
+MakeMemoryAttention = Callable[[int, int], MemoryAttention]
+Learning = Literal["cross_entropy", "self_critical"]
+Baseline = Literal["greedy", "leave_one_out"]
+Spread = Literal["one", "length"]
+DECAY = 0.9  # of the moving average, in a step
+
+
+class Captioning(Task):
+    r"""Train a captioner to say what is in a picture.
+
+    By cross entropy, the mean over the true words of all processes; or, self-critically (arXiv:1612.00563), by the
+    CIDEr-D :math:`R` of sentences that it says by chance,
+
+    .. math:: \nabla = -\sum_n (R_n - b_n)\, \nabla \log p(w_n) \Big/ \sum_n |w_n|
+
+    where :math:`b` is that of its greedy sentence, or of the image's other sentences. An attention that picks regions
+    (arXiv:1502.03044) is taught by what its picks make likely, :math:`\log p(w \mid s)` less its moving average.
+
+    A validation says what it sees, by a beam, and compares it with what people said.
+
+    Args:
+        backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
+        pretrained: Whether the backbone starts with its trained weights.
+        backbone_args: Arguments of ``timm.create_model``.
+        freeze_backbone: Whether the backbone stays as it is, in evaluation mode. With ``data.cache``, its maps are made
+            once.
+        decoder: What tells, with its options; left out, :class:`~visattn.models.decoders.ShowAttendAndTell`.
+        attention: What the decoder looks with, with its options; left out, the decoder's own.
+        width: Features of a region; left out, as many as the backbone has.
+        layers: How many transformer blocks the regions go through.
+        heads: How many heads their attention has.
+        dropout: Probability to drop a number of a region.
+        label_smoothing: Share of the target that is spread over all words.
+        scheduled: Probability, at the end of the training, that a word is read as the captioner would have said it
+            (arXiv:1506.03099); it rises linearly. Decoders that take all steps at once draw each after the words of the
+            caption.
+        doubly: Weight of :math:`\sum_i (\tau - \sum_t a_{ti})^2`, by which all regions are looked at alike.
+        target: What :math:`\tau` is: ``"one"`` as in the paper, or the ``"length"`` of the caption over the number of
+            regions, which the weights can reach.
+        penalty_factor: Weight of the penalty that the attention itself has on its weights.
+        learning: ``"cross_entropy"`` or ``"self_critical"``, which is for a captioner that was trained already.
+        start: Folder or checkpoint of a captioner to start from.
+        samples: How many sentences are said by chance about an image.
+        baseline: ``"greedy"`` or ``"leave_one_out"``.
+        policy_factor: Weight of what teaches picks.
+        entropy_factor: Weight of the entropy of picks, which is to be great.
+        beam: How many beginnings an evaluation keeps.
+        alpha: By which power of its length an evaluation divides the log-probability of a sentence.
+        longest: How many words are said at most.
+        optimizer: An optimizer with its options; left out, AdamW.
+        schedule: A schedule of torch with its options, stepped after every epoch; left out, the rate rises linearly
+            and falls to zero along a cosine, step by step.
+        warmup: Share of all steps in which the learning rate rises, without ``schedule``.
+
+    Raises:
+        ValueError: If timm knows no such backbone, or an option is out of its range or does not fit the others.
+    """
+
+    data = (Captions,)
+    monitor = "val/cider_d"
+    classes = Task.classes | {"decoder": decoders, "attention": zoo}
+
+    average: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "mobilenetv2_100",
+        *,
+        pretrained: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        freeze_backbone: bool = True,
+        decoder: MakeDecoder | None = None,
+        attention: MakeMemoryAttention | None = None,
+        width: int | None = None,
+        layers: int = 0,
+        heads: int = 8,
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+        scheduled: float = 0.0,
+        doubly: float = 0.0,
+        target: Spread = "one",
+        penalty_factor: float = 1.0,
+        learning: Learning = "cross_entropy",
+        start: str | None = None,
+        samples: int = 5,
+        baseline: Baseline = "leave_one_out",
+        policy_factor: float = 0.1,
+        entropy_factor: float = 0.002,
+        beam: int = 3,
+        alpha: float = 0.7,
+        longest: int = 20,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+        warmup: float = 0.05,
+    ):
+        super().__init__(optimizer, schedule, pretrained)
+        known_to_timm(backbone)
+        for name, given, kinds in (("learning", learning, Learning), ("baseline", baseline, Baseline)):
+            if given not in get_args(kinds):
+                raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {given!r}")
+        if target not in get_args(Spread):
+            raise ValueError(f"target must be {' or '.join(get_args(Spread))}, got {target!r}")
+        for name, count in (("samples", samples), ("beam", beam), ("longest", longest)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if learning == "self_critical" and baseline == "leave_one_out" and samples < 2:
+            raise ValueError(f"samples must be at least 2 for leave_one_out, which compares them, got {samples}")
+        for name, share in (("label_smoothing", label_smoothing), ("scheduled", scheduled), ("warmup", warmup)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {share}")
+        factors = {"doubly": doubly, "penalty_factor": penalty_factor, "policy_factor": policy_factor, "alpha": alpha}
+        for name, factor in (factors | {"entropy_factor": entropy_factor}).items():
+            if factor < 0:
+                raise ValueError(f"{name} must not be negative, got {factor}")
+        self.save_hyperparameters(ignore=["_instantiator"])
+        self.decoder, self.attention = decoder or ShowAttendAndTell, attention
+        self.remember(decoder=self.decoder, attention=attention)
+        self.vocabulary: Vocabulary | None = None
+        self.said: list[tuple[str, str, list[str]]] = []
+        self.register_buffer("average", torch.zeros(()))
+
+    # --- the network --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        h, data = self.hparams, getattr(self._trainer, "datamodule", None)
+        self.preprocess, self.vocabulary = getattr(data, "preprocess", None), getattr(data, "vocabulary", None)
+        if self.vocabulary is None:
+            raise ValueError("the data must say which words there are")
+        make = plainly(self.decoder, "decoder")
+        if self.attention is not None:
+            make = partial(make, attention=plainly(self.attention, "attention"))
+        options: Any = {name: h[name] for name in ("backbone", "backbone_args", "width", "layers", "heads", "dropout")}
+        with trained_weights(h["backbone"]):
+            self.model = Captioner(
+                len(self.vocabulary), end=self.vocabulary.end, pretrained=h["pretrained"], decoder=make, **options
+            )
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fits and h["start"] is not None:
+            self.begin_with(h["start"])
+        if h["learning"] == "self_critical" and fits and h["start"] is None:
+            raise ValueError("start must be a captioner that was trained already for self_critical learning, got None")
+        if h["doubly"] and not hasattr(self.model.decoder, "attention"):
+            raise ValueError(f"doubly must be 0 for {type(self.model.decoder).__name__}, which looks nowhere")
+        if h["freeze_backbone"]:
+            self.model.backbone.requires_grad_(False)
+        self.train(self.training)
+        self.cached = bool(getattr(data, "cache", None))
+        if self.cached:
+            self.keep(data)
+
+    def begin_with(self, start: str) -> None:
+        """Take over the weights of a captioner of the same words."""
+        from visattn.checkpoint import load
+
+        other = load(start, into=self.model)
+        words, self.model.vocabulary = getattr(other, "vocabulary", None), self.vocabulary
+        if words is not None and words != self.vocabulary:
+            raise ValueError(f"start must have the words of the data, {start} has others")
+
+    def keep(self, data: Any) -> None:
+        """Have the maps of the frozen backbone made, or read where that was done."""
+        if not self.hparams["freeze_backbone"]:
+            raise ValueError("cache must be left out where the backbone learns")
+        strategy: Any = self._trainer.strategy  # type: ignore[union-attr]
+        model = self.model.to(strategy.root_device)
+        weights = digest(self.model.backbone.state_dict())
+        about = {"encoder": self.hparams["backbone"], "weights": weights}
+
+        @torch.no_grad()
+        def look(images: Tensor) -> Tensor:
+            return model.features(images.to(strategy.root_device))
+
+        if strategy.is_global_zero:
+            data.fill(look, **about)
+        strategy.barrier()
+        if not strategy.is_global_zero:
+            data.fill(look, **about)
+
+    def train(self, mode: bool = True) -> "Captioning":
+        super().train(mode)
+        if hasattr(self, "model") and self.hparams["freeze_backbone"]:
+            self.model.backbone.eval()
+        return self
+
+    def ready(self, images: Tensor) -> Any:
+        """Return what the decoder looks at, of images or of their maps."""
+        return self.model.ready(images) if self.cached else self.model.prepare(images)
+
+    # --- learning -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        if self.hparams["learning"] == "self_critical":
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.scorer = CiderD(data.references("train"), end=self.model.end)
+
+    def training_loss(self, batch: CaptionBatch) -> Tensor:
+        prepared = self.ready(batch.images)
+        if self.hparams["learning"] == "self_critical":
+            return self.critical_loss(prepared, batch)
+        words = self.read_words(prepared, batch.words[:, :, :-1])
+        there = torch.arange(batch.words.shape[2], device=self.device) < batch.lengths[..., None]
+        said = self.model.decoder(prepared, words)
+        nats = self.nats(said, batch.words, there, self.hparams["label_smoothing"])
+        loss = nats.sum() / self.shared(there.sum())
+        self.log("train/cross_entropy", loss)
+        return loss + self.looking_loss(said.maps, there, -nats.detach())
+
+    def nats(
+        self, said: Said, words: Int[Tensor, "b r t"], there: Bool[Tensor, "b r t"], smoothing: float = 0.0
+    ) -> Float[Tensor, "b r t"]:
+        """Return the cross entropy of each word, zero where there is none; only true words are told."""
+        logits = self.model.decoder.write(said.features[there])
+        each = F.cross_entropy(wide(logits), words[there], label_smoothing=smoothing, reduction="none")
+        return torch.zeros_like(there, dtype=each.dtype).masked_scatter(there, each)
+
+    def read_words(self, prepared: Any, words: Int[Tensor, "b r t"]) -> Int[Tensor, "b r t"]:
+        """Return the words that are read: those of captions, some replaced by what would have been said."""
+        steps = self.trainer.estimated_stepping_batches
+        share = self.hparams["scheduled"] * min(1.0, self.global_step / max(1.0, float(steps)))
+        if not share or not words.shape[2]:
+            return words
+        own = torch.rand(words.shape, device=words.device) < share
+        decoder: Decoder = self.model.decoder
+        with torch.no_grad():
+            if not isinstance(decoder, RecurrentDecoder):
+                logits = decoder.write(decoder(prepared, words).features[:, :, :-1])
+                return torch.where(own, drawn(logits), words)
+            state, last, read = decoder.begin(prepared, words.shape[1]), None, []
+            for t in range(words.shape[2]):
+                features, _, state = decoder.step(last, prepared, state)
+                last = torch.where(own[:, :, t], drawn(decoder.write(features)), words[:, :, t])
+                read.append(last)
+        return torch.stack(read, 2)
+
+    def looking_loss(self, maps: Any, there: Bool[Tensor, "b r t"], likely: Float[Tensor, "b r t"]) -> Tensor:
+        """Return what teaches where to look, beside the words themselves.
+
+        Args:
+            maps: Where was looked.
+            there: Where there are words.
+            likely: The log-probability of each word.
+        """
+        h, loss = self.hparams, likely.new_zeros(())
+        if maps is None:
+            return loss
+        attention: Any = self.model.decoder.attention
+        weights = maps.probabilities if isinstance(maps, HardWeights) else maps
+        if h["doubly"]:
+            loss = loss + h["doubly"] * self.unevenness(weights, there)
+        if h["penalty_factor"] and hasattr(attention, "penalty"):
+            loss = loss + h["penalty_factor"] * attention.penalty(weights, there)
+        if isinstance(maps, HardWeights):
+            reward = likely.sum(2) / there.sum(2).clamp_min(1)  # of a caption, by its length
+            with torch.no_grad():
+                self.average.lerp_(self.meaned(reward.mean()), 1 - DECAY)
+            advantage = (reward - self.average)[..., None].detach()
+            count = self.shared(there.sum())
+            picks = (advantage * maps.log_probability(there)).sum() / count
+            entropy = maps.entropy(there).sum() / count
+            self.log_dict({"train/entropy": entropy.detach(), "train/reward": reward.mean()})
+            loss = loss - h["policy_factor"] * picks - h["entropy_factor"] * entropy
+        return loss
+
+    def unevenness(self, weights: Float[Tensor, "b r t *heads l"], there: Bool[Tensor, "b r t"]) -> Tensor:
+        """Return how far regions are from being looked at alike, in the mean over captions."""
+        weights = weights.flatten(3, -2).mean(3) if weights.ndim > 4 else weights
+        total = (weights * there[..., None]).sum(2)
+        count = there.sum(2, keepdim=True) / total.shape[-1] if self.hparams["target"] == "length" else 1.0
+        return (count - total).square().sum(-1).mean()
+
+    def critical_loss(self, prepared: Any, batch: CaptionBatch) -> Tensor:
+        """Return the loss of sentences said by chance, by their CIDEr-D."""
+        h, decoder = self.hparams, self.model.decoder
+        found = sample(decoder, prepared, end=self.model.end, count=h["samples"], longest=h["longest"])
+        reward = self.rewards(found, batch.indices)
+        if h["baseline"] == "greedy":
+            decoder.eval()
+            with torch.no_grad():
+                greedy = self.model.say(self.ready(batch.images), width=1, longest=h["longest"])
+            decoder.train()
+            expected = self.rewards(greedy, batch.indices)
+        else:
+            expected = (reward.sum(1, keepdim=True) - reward) / (h["samples"] - 1)
+        if not reward.isfinite().all():
+            raise RunError(f"reward is not finite at step {self.global_step} (epoch {self.current_epoch})")
+        there = torch.arange(found.words.shape[2], device=self.device) < found.lengths[..., None]
+        said = decoder(prepared, found.words[:, :, :-1])
+        nats = self.nats(said, found.words, there)
+        self.log_dict({"train/reward": reward.mean(), "train/length": found.lengths.float().mean()})
+        loss = ((reward - expected)[..., None] * nats).sum() / self.shared(there.sum())
+        return loss + self.looking_loss(said.maps, there, -nats.detach())
+
+    def rewards(self, found: Sentences, images: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
+        """Return the CIDEr-D of sentences about images."""
+        scores = self.scorer(found.words.cpu(), images.cpu())
+        return torch.from_numpy(scores).to(found.log_probs)
+
+    def shared(self, count: Tensor) -> Tensor:
+        """Return by what a sum is to be divided for the gradients' mean over processes to be that over all counted."""
+        return self.meaned(count.float()).clamp_min(1)
+
+    def meaned(self, value: Tensor) -> Tensor:
+        """Return the mean over processes."""
+        if self.trainer.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value = value / self.trainer.world_size
+        return value
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def tell(self, images: Tensor) -> Sentences:
+        """Return what is said about images, or their maps."""
+        h = self.hparams
+        options = {"width": h["beam"], "alpha": h["alpha"], "longest": h["longest"]}
+        return self.model.say(self.ready(images), **options)
+
+    def texts(self, found: Sentences) -> list[str]:
+        """Return the best sentence about each image in words."""
+        assert self.vocabulary is not None
+        return [self.vocabulary.decode(words) for words in found.words[:, 0].tolist()]
+
+    def validation_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
+        self.said += zip(batch.names, self.texts(self.tell(batch.images)), batch.references, strict=True)
+
+    def test_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.compare("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.compare("test")
+
+    def compare(self, stage: str) -> None:
+        """Log how near all that was said comes to what people said."""
+        everything = [self.said]
+        if self.trainer.world_size > 1:
+            everything = [[] for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(everything, self.said)
+        found = {name: (said, right) for several in everything for name, said, right in several}  # each image once
+        self.said = []
+        scores = evaluate([said for said, _ in found.values()], [right for _, right in found.values()])
+        words = sum(len(said.split()) for said, _ in found.values()) / max(1, len(found))
+        self.log_dict({f"{stage}/{name}": value for name, value in scores.items() if name != "cider_d"})
+        self.log(f"{stage}/cider_d", scores["cider_d"], prog_bar=True)
+        self.log(f"{stage}/words", words)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
+        """Return the sentences."""
+        return self.texts(self.tell(batch[0] if isinstance(batch, (list, tuple)) else batch))
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {"vocabulary": self.vocabulary, "transform": self.preprocess, "task": "captioning"}
+
+
+def drawn(logits: Float[Tensor, "b r *t v"]) -> Int[Tensor, "b r *t"]:
+    """Draw words as likely as they are."""
+    each = wide(logits).softmax(-1).flatten(0, -2).multinomial(1)
+    return each.view(logits.shape[:-1])
