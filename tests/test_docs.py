@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visattn
 from visattn.attention import Attention
+from visattn.attention.memory.core import MemoryAttention
 from visattn.commands.zoo import NAMES, describe
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +142,8 @@ def test_every_option_advised_exists(family):
 def make(cls: type[Attention], **options: object) -> Attention:
     size = {"size": (14, 14)} if "size" in inspect.signature(cls).parameters else {}
     channels = 288 if options.get("heads") == 9 else 256
+    if issubclass(cls, MemoryAttention):
+        return cls(channels, channels, **options)
     return cls(channels, **{"stages": (64,)} if options.get("query") == "recurrent" else size, **options)
 
 

@@ -79,7 +79,7 @@ def cost(module: Attention, size: tuple[int, int, int]) -> int:
     if isinstance(module, MemoryAttention):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             held = torch.randn(1, size[1] * size[2], size[0])
-            module.eval()(torch.randn(1, 1, size[0]), module.prepare(held, size=size[1:]))
+            module.eval()(torch.randn(1, 1, module.asks), module.prepare(held, size=size[1:]))
         return counter.get_total_flops() // 2
     given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
     maps = [p for p in given if p.kind is not p.VAR_POSITIONAL]

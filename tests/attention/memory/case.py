@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from visattn.attention.memory.additive import AdditiveAttention
 from visattn.attention.memory.core import MemoryAttention, Prepared
 
 QUERY, MEMORY = 6, 8
@@ -30,9 +31,11 @@ class MemoryCase(NamedTuple):
     """Does it matter in which order the regions lie?"""
     alike: bool = True
     """Does a query read the same whoever asks beside it, and in whatever order?"""
+    parts: int = 1
+    """Of how many vectors is a query made? A sentinel comes beside the state that it belongs to."""
 
     def make(self, query: int = QUERY, memory: int = MEMORY) -> MemoryAttention:
-        return self.cls(query, memory, **self.options)
+        return self.cls(query // self.parts, memory, **self.options)
 
     def lively(self, dtype: torch.dtype = torch.double) -> MemoryAttention:
         """A module in which nothing is zero."""
@@ -42,7 +45,13 @@ class MemoryCase(NamedTuple):
         return module
 
     def __str__(self) -> str:
-        return self.cls.__name__ + "".join(f"-{name}={value}" for name, value in self.options.items())
+        options = {name: getattr(value, "__name__", value) for name, value in self.options.items()}
+        return self.cls.__name__ + "".join(f"-{name}={value}" for name, value in options.items())
+
+
+def small(query: int, memory: int) -> MemoryAttention:
+    """Attention of few units, for others to be built on."""
+    return AdditiveAttention(query, memory, width=5)
 
 
 def memory(batch: int = 2, dtype: torch.dtype = torch.double) -> Tensor:

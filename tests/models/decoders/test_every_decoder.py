@@ -150,6 +150,7 @@ def test_weights_round_trip(case):
         close(other(other.prepare(held, None, SIZE), words), decoder(decoder.prepare(held, None, SIZE), words))
 
 
+@pytest.mark.slow
 @every_case
 def test_compiles_without_a_break(case, unchecked):
     decoder, held, words = case.lively(torch.float), memory(dtype=torch.float), sentences()

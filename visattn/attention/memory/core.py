@@ -1,6 +1,7 @@
 """What attention on a memory has in common: it is prepared once, and asked by many queries, step by step."""
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +22,8 @@ class Prepared(NamedTuple):
     """True where there is something to read; None: everywhere."""
     size: tuple[int, int] | None = None
     """Height and width of the map whose positions, row by row, are the memory."""
+    more: Any = None
+    """What else a kind of attention makes once, for a memory."""
 
 
 class MemoryAttention(Attention):
@@ -140,6 +143,67 @@ class MemoryAttention(Attention):
         """Return what each query reads, and the state after it."""
         weights, after = self.attend(query, prepared, state)
         return self.read(query, prepared, state, weights=weights), after
+
+
+class OuterAttention(MemoryAttention):
+    """Attention around another, which prepares the memory and keeps the state.
+
+    Args:
+        query: Features of a query.
+        memory: Features of the memory.
+        attention: Attention inside, called with the features of query and memory.
+
+    Raises:
+        ValueError: If the attention inside does not mix regions, but picks.
+    """
+
+    def __init__(self, query: int, memory: int, attention: Callable[[int, int], MemoryAttention]):
+        super().__init__(query, memory)
+        self.attention = attention(query, memory)
+        if self.attention.hard:
+            raise ValueError(f"attention must mix regions, got {type(self.attention).__name__}, which picks")
+        self.asks = self.attention.asks
+
+    @property
+    def features(self) -> int:
+        return self.attention.features
+
+    @property
+    def stateful(self) -> bool:  # type: ignore[override]
+        return self.attention.stateful
+
+    @property
+    def needs_size(self) -> bool:  # type: ignore[override]
+        return self.attention.needs_size
+
+    def prepare(
+        self,
+        memory: Float[Tensor, "b l d"],
+        mask: Bool[Tensor, "b l"] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Prepared:
+        return self.attention.prepare(memory, mask, size)
+
+
+Scoring = TypeVar("Scoring", bound=MemoryAttention)
+
+
+def scoring(attention: Scoring) -> Scoring:
+    """Return attention that weighs regions by the softmax of their scores.
+
+    Raises:
+        ValueError: If it does more than that.
+    """
+    if type(attention).attend is not MemoryAttention.attend:
+        name = type(attention).__name__
+        raise ValueError(f"attention must weigh regions by the softmax of their scores, got {name}")
+    return attention
+
+
+def silenced(read: Float[Tensor, "b r e"], prepared: Prepared) -> Float[Tensor, "b r e"]:
+    """Return what is read, and zeros from a memory of nothing, whatever a query says of itself."""
+    mask = prepared.mask
+    return read if mask is None else read.masked_fill(~mask.any(1)[:, None, None], 0.0)
 
 
 def spread(scores: Float[Tensor, "b *r l"], mask: Bool[Tensor, "#b ... l"] | None) -> Float[Tensor, "b *r l"]:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from visattn.attention.core import wide
-from visattn.attention.memory.core import MemoryAttention, Prepared, places, spread
+from visattn.attention.memory.core import MemoryAttention, Prepared, places, scoring, spread
 from visattn.attention.memory.multiplicative import MultiplicativeAttention
 
 
@@ -74,10 +74,7 @@ class LocalAttention(MemoryAttention):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         self.alignment, self.radius, self.axes = alignment, radius, axes
-        self.attention = attention(query, memory)
-        if type(self.attention).attend is not MemoryAttention.attend:
-            name = type(self.attention).__name__
-            raise ValueError(f"attention must weigh regions by the softmax of their scores, got {name}")
+        self.attention = scoring(attention(query, memory))
         if alignment == "predictive":
             self.hidden = nn.Linear(query, width, bias=False)
             self.centre = nn.Linear(width, axes, bias=False)

@@ -1,7 +1,7 @@
 """What decoders have in common: they say a sentence word by word, about a memory that is prepared once for an image."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from visattn.attention.base import Built
+from visattn.attention.memory.core import MemoryAttention
 from visattn.models.network import at_least_one
 
 First = Literal["begin", "zeros"]
+Look = TypeVar("Look", bound=MemoryAttention)
 
 
 class Said(NamedTuple):
@@ -39,10 +41,34 @@ class Decoder(Built):
         ValueError: If a number is less than 1.
     """
 
+    parallel: ClassVar[bool] = False
+    """Does it look for all steps at once, so that no look can depend on those before?"""
+
     def __init__(self, vocabulary: int, memory: int):
         super().__init__()
         at_least_one(vocabulary=vocabulary, memory=memory)
         self.vocabulary = vocabulary
+
+    def carried(self, attention: Look, asks: int, reads: int | None = None) -> Look:
+        """Return attention that this decoder can carry.
+
+        Args:
+            attention: What looks at the memory.
+            asks: Features of the queries there are.
+            reads: Features that what is read is to have; None: any.
+
+        Raises:
+            ValueError: If it wants other queries, or what it reads is of no use, or it depends on the looks before
+                where all steps look at once.
+        """
+        own, other = type(self).__name__, type(attention).__name__
+        if attention.asks != asks:
+            raise ValueError(f"{own} asks with {asks} features, {other} wants to be asked with {attention.asks}")
+        if reads is not None and attention.features != reads:
+            raise ValueError(f"{own} wants to read {reads} features, {other} reads {attention.features}")
+        if self.parallel and attention.stateful:
+            raise ValueError(f"{own} looks for all steps at once, {other} looks by what it saw before")
+        return attention
 
     def prepare(self, memory: Float[Tensor, "b l d"], mask: Tensor | None = None, size: Any = None) -> Any:
         """Make a memory ready, once for all sentences and steps.
@@ -129,3 +155,16 @@ class Embedding(nn.Module):
 def stacked(maps: Sequence[Any]) -> Any:
     """Put the maps of all steps side by side, behind the axes of images and sentences."""
     return tree_map(lambda *each: torch.stack(each, 2) if isinstance(each[0], Tensor) else None, *maps)
+
+
+def fits(memory: Float[Tensor, "b l d"], features: int, size: tuple[int, int] | None = None) -> None:
+    """Raise a ``ValueError`` if a memory has other features, or its map other positions."""
+    if memory.shape[2] != features:
+        raise ValueError(f"memory must have {features} features as constructed, got {memory.shape[2]}")
+    if size is not None and size[0] * size[1] != memory.shape[1]:
+        raise ValueError(f"size must have as many positions as the memory, {memory.shape[1]}, got {size}")
+
+
+def over(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to all tensors of a tree."""
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,12 +1,13 @@
 """What recurrent decoders have in common: cells whose inputs come in parts, where they start, and how they step."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from visattn.attention.core import plain
 from visattn.attention.memory.core import MemoryAttention, Prepared
 from visattn.models.decoders.core import Decoder, Embedding, First, Said, stacked
 from visattn.models.network import at_least_one
@@ -58,6 +59,9 @@ class RecurrentDecoder(Decoder):
 
     cells: nn.ModuleList
 
+    asks: ClassVar[int] = 1
+    """How many times as many features as a cell has a query has."""
+
     def __init__(
         self,
         vocabulary: int,
@@ -75,7 +79,7 @@ class RecurrentDecoder(Decoder):
         if initial not in get_args(Initial):
             raise ValueError(f"initial must be {' or '.join(get_args(Initial))}, got {initial!r}")
         self.words = Embedding(vocabulary, embedding, first=first)
-        self.attention = attention(hidden, memory)
+        self.attention = self.carried(attention(hidden, memory), self.asks * hidden)
         self.initial: Initial = initial
         self.start = None if initial == "zeros" else nn.Linear(memory, states * hidden)
 
@@ -190,6 +194,64 @@ class Cell(nn.Module):
         old_reset, old_update, old = hidden.chunk(3, -1)
         new = (new + (reset + old_reset).sigmoid() * old).tanh()
         return (new + (update + old_update).sigmoid() * (state[0] - new),)
+
+
+class Layers(nn.Module):
+    """Recurrent layers one on the other, all of whose inputs are known: torch's own take all steps at once.
+
+    Args:
+        known: Features of an input.
+        width: Units of a layer.
+        depth: How many layers there are.
+        kind: ``"lstm"`` or ``"gru"``.
+        dropout: Probability to drop a number between layers.
+    """
+
+    def __init__(self, known: int, width: int, *, depth: int = 1, kind: Kind = "lstm", dropout: float = 0.0):
+        super().__init__()
+        self.cells = nn.ModuleList(Cell(width if n else known, 0, width, kind=kind) for n in range(depth))
+        self.dropout = dropout
+
+    @property
+    def states(self) -> int:
+        """How many vectors the state of a layer has."""
+        return self._each()[0].states
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], state: tuple[Float[Tensor, "depth b h"], ...]
+    ) -> tuple[Float[Tensor, "b t h"], tuple[Float[Tensor, "depth b h"], ...]]:
+        """Return the outputs of the last layer, and the state of all after the last step."""
+        if plain(x):
+            return self._one_by_one(x, state)
+        weights = []
+        for cell in self._each():
+            bias = cell.hidden.bias if cell.hidden.bias is not None else torch.zeros_like(cell.known.bias)
+            weights += [each.to(x.dtype) for each in (cell.known.weight, cell.hidden.weight, cell.known.bias, bias)]
+        first = [each.to(x.dtype).contiguous() for each in state]
+        options = True, len(self.cells), self.dropout, self.training, False, True
+        if self.states == 2:
+            y, *after = torch.lstm(x, first, weights, *options)
+        else:
+            y, *after = torch.gru(x, first[0], weights, *options)
+        return y, tuple(after)
+
+    def _one_by_one(
+        self, x: Float[Tensor, "b t d"], state: tuple[Float[Tensor, "depth b h"], ...]
+    ) -> tuple[Float[Tensor, "b t h"], tuple[Float[Tensor, "depth b h"], ...]]:
+        """The same of plain operations, for compilers."""
+        last = []
+        for n, cell in enumerate(self._each()):
+            x = nn.functional.dropout(x, self.dropout, self.training) if n else x
+            now, outputs = tuple(each[n] for each in state), []
+            for known in cell.known(x).unbind(1):
+                now = cell(known, None, now)
+                outputs.append(now[0])
+            x = torch.stack(outputs, 1)
+            last.append(now)
+        return x, tuple(torch.stack(each) for each in zip(*last, strict=True))
+
+    def _each(self) -> list[Any]:
+        return list(self.cells)
 
 
 def summary(
