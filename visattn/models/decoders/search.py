@@ -1,15 +1,13 @@
 """Which sentence is said: the likeliest found by a beam, or one by chance; images and beams side by side."""
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from visattn.attention.core import wide
-from visattn.models.decoders.core import Decoder, stacked
+from visattn.models.decoders.core import Decoder, over, stacked
 from visattn.models.network import at_least_one
 
 Norm = Literal["power", "gnmt"]
@@ -232,11 +230,6 @@ def truncated(logits: Float[Tensor, "b r v"], top_k: int | None, nucleus: float)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.masked_fill((before >= nucleus).scatter(2, order, before >= nucleus), -torch.inf)
     return logits
-
-
-def over(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to all tensors of a tree."""
-    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def reordered(state: Any, order: Int[Tensor, "b r"]) -> Any:
