@@ -122,7 +122,7 @@ def counterparts(name: str) -> dict[str, tuple[Maker, Maker]]:
         "EfficientLocalAttention": (sized(EfficientLocalAttn), ours(shared=False, norm_groups=1)),
         "GlobalContext": (sized(timms.GlobalContext, fuse_add=True, fuse_scale=False, rd_ratio=1 / 16), ours()),
         "SelectiveKernel": (sized(timms.SelectiveKernel, split_input=False, groups=32), ours()),
-        "SplitAttention": (sized(timms.SplitAttn), ours()),
+        "SplitAttention": (sized(timms.SplitAttn, norm_layer=nn.BatchNorm2d), ours()),
         "ConditionalConvolution": (sized(Routed), ours()),
         "BottleneckSelfAttention": (lambda c, size: BottleneckAttn(c, feat_size=size), ours()),
         "HaloAttention": (
