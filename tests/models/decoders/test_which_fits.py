@@ -50,3 +50,12 @@ def test_works_or_is_refused(decoder, name):
     maps = said.maps if isinstance(said.maps, Tensor) else said.maps.probabilities
     assert maps.shape[:3] == (2, 3, 5)
     assert maps.shape[-1] == REGIONS + sentinel
+
+
+@pytest.mark.parametrize("decoder", LOOKING, ids=lambda decoder: decoder.__name__)
+def test_no_region_is_hidden_from_a_word_for_its_place(decoder):
+    if decoder is not decoders.AdaptiveDecoder:  # which asks otherwise
+        with pytest.raises(
+            ValueError, match=rf"{decoder.__name__} lets every word look .*, MultiHeadAttention is causal"
+        ):
+            decoder(VOCABULARY, MEMORY, attention=partial(zoo.MultiHeadAttention, causal=True))

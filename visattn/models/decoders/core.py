@@ -58,14 +58,16 @@ class Decoder(Built):
             reads: Features that what is read is to have; None: any.
 
         Raises:
-            ValueError: If it wants other queries, or what it reads is of no use, or it depends on the looks before
-                where all steps look at once.
+            ValueError: If it wants other queries, or what it reads is of no use, or it is causal, or depends on the
+                looks before where all steps look at once.
         """
         own, other = type(self).__name__, type(attention).__name__
         if attention.asks != asks:
             raise ValueError(f"{own} asks with {asks} features, {other} wants to be asked with {attention.asks}")
         if reads is not None and attention.features != reads:
             raise ValueError(f"{own} wants to read {reads} features, {other} reads {attention.features}")
+        if getattr(attention, "causal", False):
+            raise ValueError(f"{own} lets every word look at all regions, {other} is causal")
         if self.parallel and attention.stateful:
             raise ValueError(f"{own} looks for all steps at once, {other} looks by what it saw before")
         return attention
