@@ -209,13 +209,13 @@ class Tokenizer(Vocabulary):
             raise ValueError(f"no tokenizer can be made of {text[:40]!r}: {error}") from error
         self.reader.no_truncation()
         self.reader.no_padding()
-        found = [token for token in ([end] if end else ENDS) if self.reader.token_to_id(token) is not None]
+        ids = {token: self.reader.token_to_id(token) for token in ([end] if end else ENDS)}
+        found = [(token, number) for token, number in ids.items() if number is not None]
         if not found and end:
             raise ValueError(f"end must be a token of the tokenizer, got {end!r}")
         if not found:
             raise ValueError(f"the tokenizer has no token known to end a text ({', '.join(ENDS)}): name its own as end")
-        self.ends_with = found[0]
-        self.end = self.reader.token_to_id(found[0])
+        self.ends_with, self.end = found[0]
         self.size = 1 + max(self.reader.get_vocab(with_added_tokens=True).values())  # numbers may be left out
 
     @classmethod
