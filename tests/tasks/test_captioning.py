@@ -13,7 +13,7 @@ from visattn.attention import AdditiveAttention, CoverageAttention, HardAttentio
 from visattn.checkpoint import CheckpointError
 from visattn.data.captions import CaptionBatch, Captions
 from visattn.metrics.cider import CiderD
-from visattn.models.decoders import LuongDecoder, ShowAttendAndTell
+from visattn.models.decoders import LuongDecoder, PooledDecoder, ShowAttendAndTell, TransformerDecoder
 from visattn.tasks import Captioning
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
@@ -233,6 +233,15 @@ def test_any_attention_plugs_in(fit):
     for attention in (partial(MultiHeadAttention, heads=2), partial(HardAttention, attention=AdditiveAttention)):
         found = fit(Captioning(**LITTLE | {"attention": attention, "doubly": 0.1}), max_steps=2)
         assert torch.tensor(float(found.callback_metrics["train/loss"])).isfinite()
+
+
+def test_any_decoder_plugs_in(fit):
+    transformer = partial(TransformerDecoder, width=16, depth=2, heads=2, maps="all")
+    for decoder, doubly in ((transformer, 0.1), (partial(PooledDecoder, hidden=8, embedding=8), 0.0)):
+        found = fit(Captioning(**LITTLE | {"decoder": decoder, "doubly": doubly}), max_steps=2)
+        assert torch.tensor(float(found.callback_metrics["train/loss"])).isfinite()
+    with pytest.raises(ValueError, match="doubly must be 0 for PooledDecoder, which looks nowhere"):
+        fit(Captioning(**LITTLE | {"decoder": PooledDecoder, "doubly": 0.1}))
 
 
 def test_scores_are_those_of_all_images_once(data, monkeypatch):

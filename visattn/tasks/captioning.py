@@ -173,7 +173,7 @@ class Captioning(Task):
             self.begin_with(h["start"])
         if h["learning"] == "self_critical" and fits and h["start"] is None:
             raise ValueError("start must be a captioner that was trained already for self_critical learning, got None")
-        if h["doubly"] and not hasattr(self.model.decoder, "attention"):
+        if h["doubly"] and not any(isinstance(module, MemoryAttention) for module in self.model.decoder.modules()):
             raise ValueError(f"doubly must be 0 for {type(self.model.decoder).__name__}, which looks nowhere")
         if h["freeze_backbone"]:
             self.model.backbone.requires_grad_(False)
@@ -277,12 +277,12 @@ class Captioning(Task):
         h, loss = self.hparams, likely.new_zeros(())
         if maps is None:
             return loss
-        attention: Any = self.model.decoder.attention
         weights = maps.probabilities if isinstance(maps, HardWeights) else maps
         if h["doubly"]:
             loss = loss + h["doubly"] * self.unevenness(weights, there)
-        if h["penalty_factor"] and hasattr(attention, "penalty"):
-            loss = loss + h["penalty_factor"] * attention.penalty(weights, there)
+        if h["penalty_factor"]:
+            penalties = [m.penalty for m in self.model.decoder.modules() if hasattr(m, "penalty")]
+            loss = loss + h["penalty_factor"] * sum(penalty(weights, there) for penalty in penalties)
         if isinstance(maps, HardWeights):
             reward = likely.sum(2) / there.sum(2).clamp_min(1)  # of a caption, by its length
             with torch.no_grad():
