@@ -597,3 +597,15 @@ def test_many_labels_from_plain_loaders(trainer, tmp_path):
     assert [int(row["images"]) for row in rows] == targets.sum(0).int().tolist()
     probabilities = run.predict(task, batches)[0]
     torch.testing.assert_close(probabilities, task.eval()(images[:8]).sigmoid())
+
+
+def test_numbers_next_to_nothing_are_nothing_while_it_trains(digits, trainer):
+    tiny, seen = torch.tensor([1e-40]), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(bool((tiny * 1.0).any()))
+
+    trainer(Watch(), max_steps=2).fit(Classification("test_resnet"), datamodule=digits())
+    assert seen == [False, False]
+    assert bool((tiny * 1.0).any())
