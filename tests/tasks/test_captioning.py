@@ -16,7 +16,7 @@ from visattn.metrics.cider import CiderD
 from visattn.models.decoders import LuongDecoder, PooledDecoder, ShowAttendAndTell, TransformerDecoder
 from visattn.tasks import Captioning
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 SMALL = partial(ShowAttendAndTell, hidden=24, embedding=16, dropout=0.0, first="begin")
 LITTLE = {"backbone": "resnet10t", "decoder": SMALL, "width": 16, "beam": 2}
 
