@@ -76,15 +76,14 @@ def describe(cls: type[Attention]) -> dict[str, Any]:
 
 def cost(module: Attention, size: tuple[int, int, int]) -> int:
     """Return the multiply-adds of convolutions and matrix products for one map of this size, asked once if at all."""
-    if isinstance(module, MemoryAttention):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            held = torch.randn(1, size[1] * size[2], size[0])
-            module.eval()(torch.randn(1, 1, module.asks), module.prepare(held, size=size[1:]))
-        return counter.get_total_flops() // 2
-    given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
-    maps = [p for p in given if p.kind is not p.VAR_POSITIONAL]
+    module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.eval()(*(torch.randn(1, *size) for _ in maps))
+        if isinstance(module, MemoryAttention):
+            held = torch.randn(1, size[1] * size[2], size[0])
+            module(torch.randn(1, 1, module.asks), module.prepare(held, size=size[1:]))
+        else:
+            given = [p for p in inspect.signature(module.attend).parameters.values() if p.default is p.empty]
+            module(*(torch.randn(1, *size) for p in given if p.kind is not p.VAR_POSITIONAL))
     return counter.get_total_flops() // 2
 
 
