@@ -1,5 +1,6 @@
 """Several decoders that say one sentence together."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Ensemble(Decoder):
         found = [(decoder, *decoder.step(word, own, past)) for decoder, own, past in given]
         said = torch.stack([wide(decoder.write(features)).log_softmax(-1) for decoder, features, _, _ in found])
         maps = tuple(each for _, _, each, _ in found)
-        return said.logsumexp(0) - torch.tensor(float(len(found))).log(), maps, [after for *_, after in found]
+        return said.logsumexp(0) - math.log(len(found)), maps, [after for *_, after in found]
 
     def write(self, features: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
         return features
