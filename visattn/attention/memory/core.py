@@ -85,12 +85,9 @@ class MemoryAttention(Attention):
             ValueError: If the memory's features are not as many as constructed, or the size is not the memory's, or
                 missing where places count.
         """
-        if memory.shape[2] != self.holds:
-            raise ValueError(f"memory must have {self.holds} features as constructed, got {memory.shape[2]}")
+        fits(memory, self.holds, size)
         if size is None and self.needs_size:
             raise ValueError("size must be the (height, width) of the map that is the memory, got None")
-        if size is not None and size[0] * size[1] != memory.shape[1]:
-            raise ValueError(f"size must have as many positions as the memory, {memory.shape[1]}, got {size}")
         return Prepared(wide(self.keys(memory)), self.values(memory), mask, size)
 
     def keys(self, memory: Float[Tensor, "b l d"]) -> Tensor:
@@ -204,6 +201,14 @@ def silenced(read: Float[Tensor, "b r e"], prepared: Prepared) -> Float[Tensor, 
     """Return what is read, and zeros from a memory of nothing, whatever a query says of itself."""
     mask = prepared.mask
     return read if mask is None else read.masked_fill(~mask.any(1)[:, None, None], 0.0)
+
+
+def fits(memory: Float[Tensor, "b l d"], features: int, size: tuple[int, int] | None = None) -> None:
+    """Raise a ``ValueError`` if a memory has other features, or its map other positions."""
+    if memory.shape[2] != features:
+        raise ValueError(f"memory must have {features} features as constructed, got {memory.shape[2]}")
+    if size is not None and size[0] * size[1] != memory.shape[1]:
+        raise ValueError(f"size must have as many positions as the memory, {memory.shape[1]}, got {size}")
 
 
 def spread(scores: Float[Tensor, "b *r l"], mask: Bool[Tensor, "#b ... l"] | None) -> Float[Tensor, "b *r l"]:

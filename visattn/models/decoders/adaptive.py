@@ -70,7 +70,7 @@ class AdaptiveDecoder(RecurrentDecoder):
             embedding=embedding,
             initial=initial,
             first=first,
-            states=2,
+            cell="lstm",
         )
         self.carried(self.attention, 2 * hidden, hidden)
         self.image = nn.Linear(memory, embedding)

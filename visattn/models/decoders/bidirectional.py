@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from visattn.attention.memory.additive import AdditiveAttention
-from visattn.attention.memory.core import MemoryAttention
-from visattn.models.decoders.core import First, fits
-from visattn.models.decoders.recurrent import Cell, Kind, Layers, RecurrentDecoder, State, Told, Turn, summary
+from visattn.attention.memory.core import MemoryAttention, fits
+from visattn.models.decoders.core import First
+from visattn.models.decoders.recurrent import STATES, Cell, Kind, Layers, RecurrentDecoder, State, Told, Turn, summary
 from visattn.models.network import at_least_one
 
 Initial = Literal["backward", "mean", "last", "zeros"]
@@ -72,7 +72,6 @@ class BidirectionalDecoder(RecurrentDecoder):
         at_least_one(memory=memory, hidden=hidden, maxout=maxout)
         if initial not in get_args(Initial):
             raise ValueError(f"initial must be {' or '.join(get_args(Initial))}, got {initial!r}")
-        states = 1 if cell == "gru" else 2
         super().__init__(
             vocabulary,
             2 * hidden,
@@ -81,11 +80,11 @@ class BidirectionalDecoder(RecurrentDecoder):
             embedding=embedding,
             initial="zeros" if initial == "backward" else initial,
             first=first,
-            states=states,
+            cell=cell,
         )
         self.holds = memory
         self.readers = nn.ModuleList(Layers(memory, hidden, kind=cell) for _ in range(2))
-        self.back = nn.Linear(hidden, states * hidden) if initial == "backward" else None
+        self.back = nn.Linear(hidden, STATES[cell] * hidden) if initial == "backward" else None
         read = self.attention.features
         self.cells = nn.ModuleList([Cell(embedding, read, hidden, kind=cell)])
         self.from_state = nn.Linear(hidden, 2 * maxout)

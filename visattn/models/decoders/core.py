@@ -159,14 +159,6 @@ def stacked(maps: Sequence[Any]) -> Any:
     return tree_map(lambda *each: torch.stack(each, 2) if isinstance(each[0], Tensor) else None, *maps)
 
 
-def fits(memory: Float[Tensor, "b l d"], features: int, size: tuple[int, int] | None = None) -> None:
-    """Raise a ``ValueError`` if a memory has other features, or its map other positions."""
-    if memory.shape[2] != features:
-        raise ValueError(f"memory must have {features} features as constructed, got {memory.shape[2]}")
-    if size is not None and size[0] * size[1] != memory.shape[1]:
-        raise ValueError(f"size must have as many positions as the memory, {memory.shape[1]}, got {size}")
-
-
 def over(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply a function to all tensors of a tree."""
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)

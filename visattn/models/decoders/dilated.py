@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from visattn.attention.memory.core import MemoryAttention, Prepared
+from visattn.attention.memory.core import MemoryAttention, Prepared, fits
 from visattn.attention.memory.multiplicative import MultiplicativeAttention
-from visattn.models.decoders.core import Embedding, First, fits
+from visattn.models.decoders.core import Embedding, First
 from visattn.models.decoders.parallel import LayeredDecoder, Maps, recent
 from visattn.models.decoders.recurrent import summary
 from visattn.models.network import at_least_one

@@ -61,7 +61,6 @@ class LuongDecoder(RecurrentDecoder):
         first: First = "begin",
         dropout: float = 0.2,
     ):
-        states = 1 if cell == "gru" else 2
         super().__init__(
             vocabulary,
             memory,
@@ -70,7 +69,7 @@ class LuongDecoder(RecurrentDecoder):
             embedding=embedding,
             initial=initial,
             first=first,
-            states=states,
+            cell=cell,
         )
         at_least_one(depth=depth)
         self.cells = nn.ModuleList([Cell(embedding, hidden if feeding else 0, hidden, kind=cell)])

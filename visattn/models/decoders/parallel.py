@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from visattn.attention.core import wide
-from visattn.attention.memory.core import MemoryAttention, Prepared
+from visattn.attention.memory.core import MemoryAttention, Prepared, fits
 from visattn.attention.pairwise.positions import sinusoid, sinusoid_2d
-from visattn.models.decoders.core import Decoder, Embedding, Said, fits, over
+from visattn.models.decoders.core import Decoder, Embedding, Said, over
 
 Maps = Literal["last", "all"]
 

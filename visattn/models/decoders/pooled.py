@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from visattn.models.decoders.core import Embedding, First, fits
+from visattn.attention.memory.core import fits
+from visattn.models.decoders.core import Embedding, First
 from visattn.models.decoders.parallel import ParallelDecoder
 from visattn.models.decoders.recurrent import Initial, Kind, Layers, summary
 from visattn.models.network import at_least_one

@@ -14,6 +14,8 @@ from visattn.models.network import at_least_one
 
 Kind = Literal["lstm", "gru"]
 Initial = Literal["mean", "last", "zeros"]
+STATES: dict[Kind, int] = {"lstm": 2, "gru": 1}
+"""How many vectors the state of a cell has; the first is what others see."""
 
 
 class Told(NamedTuple):
@@ -54,7 +56,7 @@ class RecurrentDecoder(Decoder):
         embedding: Features of a word.
         initial: What the first state is made of: the ``"mean"`` region, the ``"last"``, or ``"zeros"``.
         first: What stands before the first word: a learned vector, ``"begin"``, or ``"zeros"``.
-        states: How many vectors the state of the first cell has.
+        cell: What the first cell is: ``"lstm"`` or ``"gru"``.
     """
 
     cells: nn.ModuleList
@@ -72,16 +74,18 @@ class RecurrentDecoder(Decoder):
         embedding: int,
         initial: Initial,
         first: First,
-        states: int,
+        cell: Kind,
     ):
         super().__init__(vocabulary, memory)
         at_least_one(hidden=hidden, embedding=embedding)
+        if cell not in STATES:
+            raise ValueError(f"cell must be {' or '.join(STATES)}, got {cell!r}")
         if initial not in get_args(Initial):
             raise ValueError(f"initial must be {' or '.join(get_args(Initial))}, got {initial!r}")
         self.words = Embedding(vocabulary, embedding, first=first)
         self.attention = self.carried(attention(hidden, memory), self.asks * hidden)
         self.initial: Initial = initial
-        self.start = None if initial == "zeros" else nn.Linear(memory, states * hidden)
+        self.start = None if initial == "zeros" else nn.Linear(memory, STATES[cell] * hidden)
 
     def prepare(
         self,
@@ -168,7 +172,7 @@ class Cell(nn.Module):
     @property
     def states(self) -> int:
         """How many vectors its state has; the first is what others see."""
-        return 2 if self.kind == "lstm" else 1
+        return STATES[self.kind]
 
     def forward(
         self,

@@ -68,7 +68,6 @@ class ShowAttendAndTell(RecurrentDecoder):
         tied: bool = False,
         dropout: float = 0.5,
     ):
-        states = 1 if cell == "gru" else 2
         super().__init__(
             vocabulary,
             memory,
@@ -77,7 +76,7 @@ class ShowAttendAndTell(RecurrentDecoder):
             embedding=embedding,
             initial=initial,
             first=first,
-            states=states,
+            cell=cell,
         )
         for name, given, kinds in (("gate", gate, Gate), ("output", output, Output)):
             if given not in get_args(kinds):

@@ -55,7 +55,6 @@ class UpDownDecoder(RecurrentDecoder):
         first: First = "begin",
         dropout: float = 0.5,
     ):
-        states = 1 if cell == "gru" else 2
         super().__init__(
             vocabulary,
             memory,
@@ -64,7 +63,7 @@ class UpDownDecoder(RecurrentDecoder):
             embedding=embedding,
             initial=initial,
             first=first,
-            states=states,
+            cell=cell,
         )
         self.cells = nn.ModuleList(
             [
