@@ -23,7 +23,7 @@ FAMILIES = {page.stem: page.read_text("utf-8") for page in PAGES if page.stem !=
 INDEX = (ROOT / "docs" / "modules" / "README.md").read_text("utf-8")
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{number}")
-    for page in (*PAGES, ROOT / "docs" / "captioning.md", ROOT / "docs" / "looking.md")
+    for page in (*PAGES, *(ROOT / "docs" / f"{name}.md" for name in ("captioning", "explaining", "looking")))
     for number, code in enumerate(
         re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
     )

@@ -27,6 +27,7 @@ FLOORS = {
     "models": 4,
     "checkpoint": 4,
     "tasks": 5,
+    "explain": 5,
     "commands": 6,
     "__init__": 7,
     "__main__": 7,

@@ -69,6 +69,18 @@ def record(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield maps
 
 
+def attentions(model: nn.Module) -> dict[str, Attention]:
+    """Return the attention modules of ours whose maps are recorded, by the names of their maps.
+
+    Example:
+        >>> import timm, visattn
+        >>> list(attentions(visattn.insert(timm.create_model("resnet18"), visattn.SimAM, at="head")))
+        ['layer4/SimAM']
+    """
+    ours, _ = _found(getattr(model, "_orig_mod", model))
+    return {name: each.attention if isinstance(each, Inserted) else each for name, each in ours.items()}  # type: ignore[misc]
+
+
 def _found(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Our attention and timm's, by the names of their maps; not what lies within another."""
     ours: dict[str, nn.Module] = {}

@@ -44,9 +44,7 @@ def run(args: Namespace) -> int:
     model: Any = load(args.checkpoint, device=args.device)
     if not issubclass(type(model), Captioner):
         raise ValueError(f"checkpoint must be of a captioner, {args.checkpoint} is of {type(model).__name__}")
-    if model.transform is None or model.vocabulary is None:
-        lacks = "how images are prepared for the model" if model.transform is None else "which words there are"
-        raise ValueError(f"{args.checkpoint} does not say {lacks}")
+    complete(model, args.checkpoint)
     skipped: list[Path] = []
     with torch.inference_mode():
         for files, x in batches(list(names), model.transform, args.batch, skipped):
@@ -72,6 +70,13 @@ def run(args: Namespace) -> int:
     if skipped:
         print(f"{len(skipped)} of {len(names)} images could not be read and were skipped", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def complete(model: Any, checkpoint: str) -> None:
+    """Refuse a captioner whose checkpoint leaves something out."""
+    if model.transform is None or model.vocabulary is None:
+        lacks = "how images are prepared for the model" if model.transform is None else "which words there are"
+        raise ValueError(f"{checkpoint} does not say {lacks}")
 
 
 def draw(model: Any, x: Tensor, found: Any, k: int, size: tuple[int, int], file: Path) -> str | None:
