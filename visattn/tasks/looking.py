@@ -23,6 +23,7 @@ from visattn.models.looker import Looker, Policy, Rollout
 from visattn.models.policy import GaussianPolicy
 from visattn.models.recurrent_attention import RecurrentAttention
 from visattn.tasks.base import Task, found_class, trained_weights
+from visattn.tasks.importance import importance
 from visattn.tasks.recognition import Recognition
 from visattn.tasks.run import RunError
 
@@ -294,10 +295,9 @@ class Looking(Recognition):
         """Return how much each roll-out counts, one on average, and how much more than without the answer."""
         prior = rollout.log_probs.detach().sum(1)
         drawn = prior if rollout.informed is None else rollout.informed.detach().sum(1)
-        shape = (-1, self.hparams["rollouts"])
-        odds, likelihood = (prior - drawn).unflatten(0, shape), likelihood.unflatten(0, shape)
-        share, without = ((logits.softmax(1) * shape[1]).flatten() for logits in (odds + likelihood, odds))
-        return share, (share - without)[:, None]
+        each = (x.unflatten(0, (-1, self.hparams["rollouts"])) for x in (likelihood, prior, drawn))
+        share, more = importance(*each)
+        return share.flatten(), more.flatten()[:, None]
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

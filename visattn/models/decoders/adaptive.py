@@ -86,7 +86,7 @@ class AdaptiveDecoder(RecurrentDecoder):
         inputs = torch.cat((vectors, image.expand_as(vectors)), -1)
         return torch.cat((super().ahead(inputs, prepared), self.sentinel[0](inputs)), -1)
 
-    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+    def turn(self, known: Float[Tensor, "*b g"], prepared: Told, state: State) -> Turn:
         (cell,), (before, *_) = self.cells, state.cells[0]
         known, gate = known.split((4 * cell.width, cell.width), -1)  # type: ignore[operator]
         hidden, kept = cell(known, None, state.cells[0])

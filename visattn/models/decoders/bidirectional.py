@@ -108,7 +108,7 @@ class BidirectionalDecoder(RecurrentDecoder):
         states = self.back(summary(back, backwards, "last")).tanh()
         return told._replace(begin=states.chunk(len(told.begin), -1))
 
-    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+    def turn(self, known: Float[Tensor, "*b g"], prepared: Told, state: State) -> Turn:
         query = state.cells[0][0]
         found, maps, after = self.look(query, prepared, state.attention)
         cell = self.cells[0](known, found, state.cells[0])

@@ -99,12 +99,14 @@ class Decoder(Built):
         """
         raise NotImplementedError
 
-    def forward(self, prepared: Any, words: Int[Tensor, "b r t"]) -> Said:
+    def forward(self, prepared: Any, words: Int[Tensor, "b r t"], lengths: Int[Tensor, "b r"] | None = None) -> Said:
         """Take all steps, with the words known that are said before each step but the first.
 
         Args:
             prepared: What :meth:`prepare` returned.
             words: What is said; of t words come t + 1 steps.
+            lengths: How many steps of each sentence count; None: all. A decoder may leave out the others, which then
+                have zeros.
         """
         state = self.begin(prepared, words.shape[1])
         features, maps = [], []

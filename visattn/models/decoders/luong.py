@@ -79,7 +79,7 @@ class LuongDecoder(RecurrentDecoder):
         self.join = nn.Linear(self.attention.features + hidden, hidden, bias=False)
         self.out = nn.Linear(hidden, vocabulary)
 
-    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+    def turn(self, known: Float[Tensor, "*b g"], prepared: Told, state: State) -> Turn:
         cells = [self.cells[0](known, state.fed, state.cells[0])]
         for cell, past in zip(list(self.cells)[1:], state.cells[1:], strict=True):
             cells.append(cell(cell.known(self.dropout(cells[-1][0])), None, past))  # type: ignore[operator]

@@ -41,7 +41,7 @@ class ParallelDecoder(Decoder):
         features, maps, state = self.turn(vectors[:, :, None], prepared, state)
         return features[:, :, 0], over(lambda each: each[:, :, 0], maps), state
 
-    def forward(self, prepared: Any, words: Int[Tensor, "b r t"]) -> Said:
+    def forward(self, prepared: Any, words: Int[Tensor, "b r t"], lengths: Int[Tensor, "b r"] | None = None) -> Said:
         features, maps, _ = self.turn(self.words(words), prepared, self.begin(prepared, words.shape[1]))
         return Said(features, maps)
 

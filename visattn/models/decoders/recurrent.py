@@ -1,6 +1,7 @@
 """What recurrent decoders have in common: cells whose inputs come in parts, where they start, and how they step."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -9,13 +10,26 @@ from torch import Tensor, nn
 
 from visattn.attention.core import plain
 from visattn.attention.memory.core import MemoryAttention, Prepared
-from visattn.models.decoders.core import Decoder, Embedding, First, Said, stacked
+from visattn.models.at_once import AtOnce
+from visattn.models.decoders.core import Decoder, Embedding, First, Said, over, stacked
+from visattn.models.decoders.packing import Packing, Step
 from visattn.models.network import at_least_one
 
 Kind = Literal["lstm", "gru"]
 Initial = Literal["mean", "last", "zeros"]
 STATES: dict[Kind, int] = {"lstm": 2, "gru": 1}
 """How many vectors the state of a cell has; the first is what others see."""
+
+
+class Now(NamedTuple):
+    """What holds for one step only."""
+
+    asks: Int[Tensor, "b r"] | None = None
+    """Which of the captions that go on asks at each place of the attention's queries; None: they are those places."""
+    finds: Int[Tensor, " n"] | None = None
+    """At which of those places each caption that goes on finds its answer."""
+    choice: Int[Tensor, "b r *heads"] | None = None
+    """The regions to read from, for an attention that picks; None: those that it draws."""
 
 
 class Told(NamedTuple):
@@ -26,6 +40,7 @@ class Told(NamedTuple):
     """The state of the first cell before the first word."""
     mean: Float[Tensor, "b d"]
     """The mean of the regions."""
+    now: Now = Now()
 
 
 class State(NamedTuple):
@@ -112,7 +127,7 @@ class RecurrentDecoder(Decoder):
         cell: Any = self.cells[0]
         return cell.known(vectors)
 
-    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+    def turn(self, known: Float[Tensor, "*b g"], prepared: Told, state: State) -> Turn:
         """Take a step: return what was found in it, where was looked, and the state after it."""
         raise NotImplementedError
 
@@ -120,10 +135,14 @@ class RecurrentDecoder(Decoder):
         """Return what the next word is said from, by the last one and what was found."""
         raise NotImplementedError
 
-    def look(self, query: Float[Tensor, "b r q"], prepared: Told, state: Any) -> tuple[Tensor, Any, Any]:
+    def look(self, query: Float[Tensor, "*b q"], prepared: Told, state: Any) -> tuple[Tensor, Any, Any]:
         """Return what a query reads, where it looks, and the attention's state after it."""
-        weights, after = self.attention.attend(query, prepared.regions, state)
-        return self.attention.read(query, prepared.regions, state, weights=weights), weights, after
+        asks, finds, choice = prepared.now
+        query = query if asks is None else query[asks]
+        options = {} if choice is None else {"choice": choice}
+        weights, after = self.attention.attend(query, prepared.regions, state, **options)
+        found = self.attention.read(query, prepared.regions, state, weights=weights)
+        return found if finds is None else found.flatten(0, 1)[finds], weights, after
 
     def step(
         self, word: Int[Tensor, "b r"] | None, prepared: Told, state: State
@@ -132,16 +151,56 @@ class RecurrentDecoder(Decoder):
         found, maps, state = self.turn(self.ahead(vectors, prepared), prepared, state)
         return self.features(vectors, found), maps, state
 
-    def forward(self, prepared: Told, words: Int[Tensor, "b r t"]) -> Said:
-        vectors = self.words(words)
-        state = self.begin(prepared, words.shape[1])
+    def forward(
+        self,
+        prepared: Told,
+        words: Int[Tensor, "b r t"],
+        lengths: Int[Tensor, "b r"] | None = None,
+        choice: Int[Tensor, "b r s *heads"] | None = None,
+    ) -> Said:
+        """Take all steps, with the words known that are said before each step but the first.
+
+        Args:
+            prepared: What :meth:`prepare` returned.
+            words: What is said; of t words come t + 1 steps.
+            lengths: How many steps of each sentence count; None: all. Others are not taken, and have zeros.
+            choice: The regions to read from in each step, for an attention that picks; None: those that it draws.
+
+        Raises:
+            ValueError: If there is a choice for attention that does not pick.
+        """
+        if choice is not None and not self.attention.hard:
+            raise ValueError(f"choice must be None for {type(self.attention).__name__}, which does not pick")
+        vectors, state = self.words(words), self.begin(prepared, words.shape[1])
+        known = self.ahead(vectors, prepared)
+        packing = None if lengths is None else Packing(lengths, known.shape[2])
+        if packing is None:
+            inputs = known.unbind(2)
+        else:
+            inputs, vectors = packing.split(packing.pack(known)), packing.pack(vectors)
+            choice = None if choice is None else packing.sort_each(choice)
+            state = state._replace(cells=over(packing.sort, state.cells))
         everything, maps = [], []
-        for known in self.ahead(vectors, prepared).unbind(2):
-            turned, where, state = self.turn(known, prepared, state)
-            everything.append(turned)
-            maps.append(where)
-        found = tuple(torch.stack(each, 2) for each in zip(*everything, strict=True))
-        return Said(self.features(vectors, found), stacked(maps))
+        with nullcontext() if plain(vectors) else AtOnce(len(inputs)):
+            for t, each in enumerate(inputs):
+                now = Now(choice=None if choice is None else choice[:, :, t])
+                if packing is not None:
+                    now, state = going(packing.step(t), now, state)
+                turned, where, state = self.turn(each, prepared._replace(now=now), state)
+                everything.append(turned)
+                maps.append(where)
+        if packing is None:
+            found = tuple(torch.stack(each, 2) for each in zip(*everything, strict=True))
+            return Said(self.features(vectors, found), stacked(maps))
+        found = tuple(torch.cat(each) for each in zip(*everything, strict=True))
+        return Said(packing.unpack(self.features(vectors, found)), packing.maps(maps))
+
+
+def going(step: Step, now: Now, state: State) -> tuple[Now, State]:
+    """Return what holds for those sentences alone that go on."""
+    cells, fed = over(lambda x: x[: step.going], (state.cells, state.fed))
+    attention, choice = over(lambda x: x[:, : step.width], (state.attention, now.choice))
+    return Now(step.asks, step.finds, choice), State(cells, fed, attention)
 
 
 class Cell(nn.Module):

@@ -91,7 +91,7 @@ class ShowAttendAndTell(RecurrentDecoder):
         if tied:
             self.out.weight = self.words.weight
 
-    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+    def turn(self, known: Float[Tensor, "*b g"], prepared: Told, state: State) -> Turn:
         query = state.cells[0][0]
         found, maps, after = self.look(query, prepared, state.attention)
         if self.gate is not None:

@@ -79,7 +79,7 @@ class UpDownDecoder(RecurrentDecoder):
         image = self.image(prepared.mean)
         return super().ahead(vectors, prepared) + (image[:, None] if vectors.ndim == 3 else image[:, None, None])
 
-    def turn(self, known: Float[Tensor, "b r g"], prepared: Told, state: State) -> Turn:
+    def turn(self, known: Float[Tensor, "*b g"], prepared: Told, state: State) -> Turn:
         where, what = self.cells
         top = where(known, state.cells[1][0], state.cells[0])
         found, maps, after = self.look(top[0], prepared, state.attention)
