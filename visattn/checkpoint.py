@@ -41,7 +41,7 @@ from visattn.attention.base import Attention
 from visattn.data.transforms import Preprocess
 from visattn.data.vocabulary import Vocabulary
 from visattn.models import decoders
-from visattn.surgery import Site, SurgeryError, attach, insertions, remove
+from visattn.surgery import Site, SurgeryError, attach, insertions, inside, remove
 from visattn.version import __version__
 
 FORMAT = 1
@@ -167,7 +167,8 @@ def describe(
         raise CheckpointError(f"labels must name each of the {classes} classes, got {len(about['labels'])}")
 
     words = about["vocabulary"]
-    if words is not None and len(words) != (size := getattr(getattr(model, "decoder", None), "vocabulary", None)):
+    part = getattr(model, "decoder", getattr(model, "question", None))  # what has words
+    if words is not None and len(words) != (size := getattr(part, "vocabulary", None)):
         raise CheckpointError(f"vocabulary must have the words of the model, {size}, got {len(words):,}")
 
     config: dict[str, Any] = {}
@@ -178,6 +179,7 @@ def describe(
         "format": FORMAT,
         "only": only,
         "model": _entry(model, "the model") if built else None,
+        "inside": inside(model),
         "insertions": [
             _entry(i.attention, i.site.name) | {"gate": i.gate is not None, "site": asdict(i.site)}
             for i in insertions(model)
@@ -207,7 +209,7 @@ def _compare(model: nn.Module, config: dict[str, Any], architecture: str | None)
         return  # the caller builds the backbone
     backbone = _build(config, classes, "meta" if architecture else "cpu")
     for again, site, gated in made:
-        attach(backbone, again, site, gated=gated)
+        attach(_part(backbone, config), again, site, gated=gated)
     if difference := _difference(model.state_dict(), backbone.state_dict()):
         advice = 'model_args, or save(…, only="inserted") and load(…, into=model)' if architecture else "arguments"
         raise CheckpointError(
@@ -511,7 +513,7 @@ def _restore(
     made = [_inserted(entry, classes) for entry in config["visattn"]["insertions"]]
     try:
         for inserted, site, gated in made:
-            attach(model, inserted, site, gated=gated)
+            attach(_part(model, config), inserted, site, gated=gated)
         ours = _ours(model)
         expected = {n: t for n, t in model.state_dict().items() if n.startswith(ours) or not only}
         if difference := _difference(expected, state):
@@ -523,6 +525,15 @@ def _restore(
         _cast(model, state)
     model.load_state_dict(state, strict=not only)
     return model
+
+
+def _part(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The part of a model in which things were inserted."""
+    name = config["visattn"].get("inside", "")
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(f"things were inserted in {name}, which {type(model).__name__} does not have") from error
 
 
 def _build(config: dict[str, Any], classes: Sequence[type[nn.Module]], device: str = "cpu") -> nn.Module:
@@ -626,7 +637,8 @@ def _architecture(model: nn.Module) -> str | None:
 def _ours(model: nn.Module) -> tuple[str, ...]:
     """How the names of the inserted weights start."""
     replaced = (f"{i.site.name}." for i in insertions(model) if i.site.side == "instead")
-    return ("visattn.", *replaced)
+    part = f"{name}." if (name := inside(model)) else ""
+    return tuple(f"{part}{each}" for each in ("visattn.", *replaced))
 
 
 def _unwrapped(model: Any) -> nn.Module:

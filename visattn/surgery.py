@@ -300,9 +300,14 @@ def insertions(model: nn.Module) -> list[Inserted]:
     return list(held.values()) if isinstance(held, _Insertions) else []  # type: ignore[arg-type]
 
 
+def inside(model: nn.Module) -> str:
+    """Name the part of a model, such as its backbone, on which what is inserted lives; empty: the model itself."""
+    return next((n for n, m in model.named_modules() if isinstance(m._modules.get("visattn"), _Insertions)), "")
+
+
 def _root(model: nn.Module) -> nn.Module:
     """The module on which what is inserted lives: the model itself, or what it wraps."""
-    return next((m for m in model.modules() if isinstance(m._modules.get("visattn"), _Insertions)), model)
+    return model.get_submodule(inside(model))
 
 
 def attach(model: nn.Module, attention: Attention, site: Site, *, gated: bool) -> Inserted:

@@ -314,7 +314,7 @@ def test_a_table_of_ones_own_is_enough(tmp_path):
         Image.new("RGB", (9, 7), (k, 0, 0)).save(tmp_path / f"{k}.jpg")
     (tmp_path / "captions.csv").write_text("\n".join(f"{k}.jpg,a red square" for k in range(10)))
     data = Captions(f"{tmp_path}/captions.csv", str(tmp_path))
-    images, words, lengths, _ = next(iter(data.train_dataloader()))
+    images, words, lengths, *_ = next(iter(data.train_dataloader()))
     assert (images.shape, words.shape, lengths.tolist()) == ((9, 3, 224, 224), (9, 5, 4), [[4] * 5] * 9)
     assert len(data.splits["val"]) == 1
 

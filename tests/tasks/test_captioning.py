@@ -9,12 +9,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 import visattn
-from visattn.attention import AdditiveAttention, CoverageAttention, HardAttention, MultiHeadAttention
+from visattn.attention import CBAM, AdditiveAttention, CoverageAttention, HardAttention, MultiHeadAttention
 from visattn.checkpoint import CheckpointError
 from visattn.data.captions import CaptionBatch, Captions
+from visattn.data.described import DescribedCanvas
 from visattn.metrics.cider import CiderD
 from visattn.models.decoders import LuongDecoder, PooledDecoder, ShowAttendAndTell, TransformerDecoder
 from visattn.tasks import Captioning
+from visattn.tasks.captioning import Heard
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 SMALL = partial(ShowAttendAndTell, hidden=24, embedding=16, dropout=0.0, first="begin")
@@ -64,6 +66,12 @@ class Losses(pl.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         self.all.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def digits() -> DescribedCanvas:
+    """Two cells for one or two digits, and the second test has two."""
+    few = {"size": (32, 64), "cells": (1, 2), "digits": (1, 2), "more": (2, 2)}
+    return DescribedCanvas(**few, canvases=48, evaluated=12, batch_size=8)
 
 
 def built(data, **options) -> tuple[Captioning, CaptionBatch]:
@@ -130,15 +138,50 @@ def test_picks_are_taught_by_what_they_make_likely(data):
     task.model.train()
     loss = task.training_loss(batch)
     torch.manual_seed(0)
-    said = task.model.told(batch.images, batch.words[:, :, :-1])
+    said = task.model.decoder(task.model.prepare(batch.images), batch.words[:, :, :-1], batch.lengths)
     there = torch.arange(batch.words.shape[2]) < batch.lengths[..., None]
     log_p = task.model.decoder.write(said.features).log_softmax(-1).gather(3, batch.words[..., None])[..., 0] * there
     reward = log_p.sum(2) / batch.lengths
     average = 0.9 * -3.0 + 0.1 * reward.mean()
-    picked = (said.maps.weights * said.maps.probabilities.log()).sum(-1) * there
+    picked = said.maps.log_probability(there)
     expected = -log_p.sum() - ((reward - average).detach()[..., None] * picked).sum()
     torch.testing.assert_close(loss, expected / there.sum(), rtol=1e-4, atol=1e-5)
     assert task.average.item() == pytest.approx(average.item(), rel=1e-4)
+
+
+def test_wake_sleep_learning_climbs_the_likelihood_of_the_caption(data):
+    options = {"learning": "wake_sleep", "samples": 4000, "entropy_factor": 0.0}
+    task, batch = built(data, attention=HardAttention, backbone_args={"output_stride": 16}, **options)
+    model, decoder = task.model.eval(), task.model.decoder
+    regions = 4  # 2×2, and two words
+    words, lengths = torch.tensor([[[3, 0], [4, 0]]]), torch.tensor([[2, 1]])
+    batch = batch._replace(images=batch.images[:1], words=words, lengths=lengths)
+    features = model.features(batch.images)
+    assert features.shape[2] * features.shape[3] == regions
+    wanted = [*decoder.attention.parameters(), decoder.out.weight]
+
+    every = torch.cartesian_prod(torch.arange(regions), torch.arange(regions))  # all ways to look
+    many = words.repeat_interleave(len(every), 1)
+    there = torch.arange(2) < lengths.repeat_interleave(len(every), 1)[..., None]
+    said = decoder(model.ready(features), many[:, :, :-1], None, every.repeat(2, 1)[None])
+    likely = -task.nats(said, many, there).sum(2) + said.maps.log_probability(there).sum(2)
+    likely = likely.unflatten(1, (2, -1)).logsumexp(2) - torch.tensor([1.0, float(regions)]).log()
+    exact = torch.autograd.grad(-likely.sum() / 3, wanted)
+
+    torch.manual_seed(0)
+    found = torch.autograd.grad(task.training_loss(batch), wanted)
+    for one, other in zip(found, exact, strict=True):
+        assert (one - other).norm() < 0.15 * other.norm()
+
+
+def test_what_wake_sleep_proposes_is_taught_by_what_goes_with_the_words(data):
+    fine = {"backbone_args": {"output_stride": 8}}
+    task, batch = built(data, attention=HardAttention, learning="wake_sleep", samples=3, **fine)
+    task.training_loss(batch).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.proposal.parameters())
+    assert any(p.grad.any() for p in task.proposal.parameters())
+    with pytest.raises(ValueError, match=r"attention must pick one region a word for wake_sleep.*, got AdditiveAtt"):
+        built(data, learning="wake_sleep")
 
 
 @pytest.mark.parametrize("decoder", [SMALL, partial(LuongDecoder, hidden=8, embedding=8)], ids=["sat", "luong"])
@@ -248,12 +291,75 @@ def test_scores_are_those_of_all_images_once(data, monkeypatch):
     task, _ = built(data)
     logged = {}
     task.log, task.log_dict = lambda name, value, **_: logged.update({name: value}), logged.update
-    task.said = [("1.png", "a red square", ["a red square"]), ("1.png", "a red square", ["a red square"])]
-    task.said += [("2.png", "a dog", ["it is blue", "a blue square"])]
+    task.heard["val"] = [Heard("1.png", "a red square", ["a red square"], None)] * 2
+    task.heard["val"] += [Heard("2.png", "a dog", ["it is blue", "a blue square"], None)]
     task.compare("val")
     assert logged["val/words"] == 2.5
     assert logged["val/bleu_1"] == pytest.approx(4 / 5 * math.exp(1 - 6 / 5))
-    assert not task.said
+    assert not task.heard
+    assert not {"val/exact", "val/grounded"} & logged.keys()
+
+
+# --- described canvases -----------------------------------------------------------------------------------------------
+
+TINY = {"backbone_args": {"in_chans": 1, "channels": [8, 8, 16, 16], "stem_width": 8, "output_stride": 8}}
+LAYERED = partial(TransformerDecoder, width=16, depth=2, heads=2, maps="all")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention": partial(MultiHeadAttention, heads=2)}, {"attention": HardAttention}, {"decoder": LAYERED}],
+    ids=["additive", "heads", "hard", "layers"],
+)
+def test_what_is_named_is_looked_for_in_its_box(options):
+    task, _ = built(digits, **TINY | options)
+    task.model.eval()
+    data = task.trainer.datamodule
+    batch = next(iter(data.val_dataloader()))
+    task.hear(batch, "val")
+    maps = task.model.told(batch.images, batch.words[:, :, :-1]).maps
+    maps = getattr(maps, "probabilities", maps)
+    named = 0
+    for b, heard in enumerate(task.heard["val"]):
+        expected = []
+        for t, word in enumerate(data.vocabulary.encode(batch.references[b][0])):
+            if word >= data.vocabulary.index["zero"]:
+                weights = maps[b, 0, t].reshape(-1, 4, 8).mean(0)
+                row, column = divmod(int(weights.argmax()), 8)
+                x0, y0, x1, y1 = batch.boxes[b, 0, t].tolist()
+                expected.append(x0 <= 8 * column + 4 < x1 and y0 <= 8 * row + 4 < y1)
+        assert heard.pointed == expected
+        named += len(expected)
+    assert named == sum(len(said.split()) > 2 for (said,) in batch.references) + 8
+    assert [heard.references for heard in task.heard["val"]] == batch.references
+
+
+def test_exact_sentences_and_peaks_in_boxes_are_shares():
+    task, _ = built(digits, **TINY)
+    logged = {}
+    task.log, task.log_dict = lambda name, value, **_: logged.update({name: value}), logged.update
+    task.heard["test"] = [Heard("1", "a two", ["a two"], [True]), Heard("2", "a one", ["a two"], [False])]
+    task.heard["test"] += [Heard("3", "a two left of a one", ["a two left of a one"], [True, True])]
+    task.compare("test")
+    assert logged["test/exact"] == pytest.approx(2 / 3)
+    assert logged["test/grounded"] == 0.75
+
+
+def test_a_test_has_canvases_with_more_digits_beside(fit):
+    logged, losses = [], Losses()
+    for decoder in (SMALL, partial(PooledDecoder, hidden=8, embedding=8)):
+        of = digits()
+        task = Captioning(**LITTLE | TINY | {"decoder": decoder, "optimizer": partial(torch.optim.Adam, lr=2e-2)})
+        found = fit(task, losses, of=of, max_epochs=3, check_val_every_n_epoch=3)
+        metrics = {*found.callback_metrics}
+        found.test(task, datamodule=of, verbose=False)
+        logged.append(metrics | {*found.callback_metrics})
+    attends, pools = logged
+    assert losses.all[17]["train/loss"] < 0.9 * losses.all[0]["train/loss"]
+    assert {"val/exact", "val/grounded", "test/exact", "test/grounded"} <= attends
+    assert {"test_more/exact", "test_more/grounded", "test_more/cider_d"} <= attends
+    assert {"val/exact", "test/exact", "test_more/exact"} <= pools
+    assert not [name for name in pools if "grounded" in name]
 
 
 # --- checkpoints and bad input ----------------------------------------------------------------------------------------
@@ -286,13 +392,14 @@ def test_words_of_others_are_refused(fit, data, tmp_path, photos):
     ("options", "message"),
     [
         ({"backbone": "resnet10x"}, "backbone 'resnet10x' is not known to timm; close: "),
-        ({"learning": "reward"}, "learning must be cross_entropy or self_critical, got 'reward'"),
+        ({"learning": "reward"}, "learning must be cross_entropy or self_critical or wake_sleep, got 'reward'"),
         ({"baseline": "none"}, "baseline must be greedy or leave_one_out, got 'none'"),
         ({"target": "two"}, "target must be one or length, got 'two'"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"beam": 0}, "beam must be at least 1, got 0"),
         ({"longest": 0}, "longest must be at least 1, got 0"),
         ({"learning": "self_critical", "samples": 1}, "samples must be at least 2 for leave_one_out"),
+        ({"learning": "wake_sleep", "samples": 1}, "samples must be at least 2 for wake_sleep"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
         ({"doubly": -1.0}, "doubly must not be negative, got -1.0"),
     ],
@@ -302,8 +409,32 @@ def test_refuses_options_out_of_range(options, message, unchecked):
         Captioning(**LITTLE | options)
 
 
+def test_what_is_inserted_in_a_frozen_backbone_learns_and_is_saved(fit, data, tmp_path):
+    task = Captioning(**LITTLE | {"inserted": CBAM, "at": "stages", "gate": None})
+    first = {}
+
+    class Note(pl.Callback):
+        def on_train_start(self, trainer, task):
+            first.update({name: p.detach().clone() for name, p in task.model.backbone.named_parameters()})
+
+    fit(task, Note(), max_epochs=1)
+    assert len(visattn.insertions(task.model)) == 4
+    changed = {name for name, p in task.model.backbone.named_parameters() if not torch.equal(p, first[name])}
+    assert any("layer4" in name for name in changed)
+    assert all(name.startswith("visattn.") for name in changed)
+    again = visattn.load(tmp_path / "checkpoints" / "last.ckpt")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again.features(images), task.model.eval().features(images))
+    saved = visattn.load(visattn.save(task.model, tmp_path / "saved"))
+    torch.testing.assert_close(saved.features(images), again.features(images))
+    with pytest.raises(ValueError, match="cache must be left out where the backbone, or what is inserted"):
+        fit(Captioning(**LITTLE | {"inserted": CBAM}), of=data(cache=str(tmp_path / "cache")))
+
+
 def test_a_cache_is_for_a_backbone_that_stays(fit, data, tmp_path):
-    with pytest.raises(ValueError, match="cache must be left out where the backbone learns"):
+    with pytest.raises(
+        ValueError, match="cache must be left out where the backbone, or what is inserted in it, learns"
+    ):
         fit(Captioning(**LITTLE | {"freeze_backbone": False}), of=data(cache=str(tmp_path / "cache")))
 
 

@@ -372,7 +372,11 @@ class Canvases(Dataset):
             images = (images - mean) / std
         if self.give == "all":
             return batch._replace(images=images)
-        return images, [self.split.name(index) for index in indices] if self.give == "names" else batch.labels
+        return images, [self.name(index) for index in indices] if self.give == "names" else batch.labels
+
+    def name(self, index: int) -> str:
+        """Return what a canvas is called."""
+        return self.split.name(index)
 
     def batch(self, indices: "Sequence[int] | Tensor", epoch: int = 0) -> CanvasBatch:
         """Make canvases, with values from 0 to 1, of an epoch; those of evaluation are the same in every one.
@@ -385,7 +389,7 @@ class Canvases(Dataset):
             raise IndexError(f"index must lie between 0 and {len(self) - 1}, got {int(absent[0])}")
         layout, height, width = self.layout, self.layout.height, self.layout.width
         chance = Chance(self.seed, zlib.crc32(self.called.encode()), epoch if self.train else 0, first[:, 0].numpy())
-        chosen = torch.cat((first, self.others(first, layout.digits - 1, chance)), 1)
+        chosen = self.chosen(first, chance)
         least = layout.digits if layout.fewest is None else layout.fewest
         count = chance.below(layout.digits - least + 1, 1) + least if least < layout.digits else least
         absent = (torch.arange(layout.digits) >= count).expand(chosen.shape)
@@ -408,9 +412,13 @@ class Canvases(Dataset):
         images = images.clamp_(0, 1).reshape(-1, layout.channels, height, width)
         return CanvasBatch(images, self.told(labels), boxes, labels, transform)
 
+    def chosen(self, first: Tensor, chance: Chance) -> Tensor:
+        """Return which digits there are."""
+        return torch.cat((first, self.others(first, self.layout.digits - 1, chance)), 1)
+
     def others(self, first: Tensor, count: int, chance: Chance) -> Tensor:
         """Draw digits other than the first."""
-        return (first + 1 + chance.below(len(self) - 1, count)) % len(self)
+        return (first + 1 + chance.below(len(self.digits) - 1, count)) % len(self.digits)
 
     def placed(self, chance: Chance, absent: Tensor) -> tuple[Tensor, Tensor]:
         """Draw where digits are: the column and row of their first pixels, if those are whole, and the transforms."""
@@ -562,6 +570,7 @@ class Canvas(pl.LightningDataModule):
         torch.Size([2, 1])
     """
 
+    kind: ClassVar[type[Canvases]] = Canvases
     multi_label: ClassVar[bool] = False
     preprocess: Preprocess | None
     """How canvases are normalised; None where digits have channels of their own. If set before ``setup`` (to what a
@@ -673,16 +682,21 @@ class Canvas(pl.LightningDataModule):
         self.labels = told_as(source.labels, self.layout)
         self.preprocess = self.prepared(getattr(self, "preprocess", None))
         for name, split in splits.items():
-            self.splits[name] = Canvases(
-                name,
-                split,
-                self.layout,
-                classes=len(source.labels),
-                preprocess=self.preprocess,
-                seed=self.seed,
-                train=name == "train",
-                give="all" if self.described else "labels",
-            )
+            self.splits[name] = self.made(name, split, self.layout, classes=len(source.labels))
+
+    def made(self, called: str, split: Split, layout: Layout, *, classes: int, **options: Any) -> Canvases:
+        """Return the canvases of a split."""
+        return self.kind(
+            called,
+            split,
+            layout,
+            classes=classes,
+            preprocess=self.preprocess,
+            seed=self.seed,
+            train=called == "train",
+            give="all" if self.described else "labels",
+            **options,
+        )
 
     def prepared(self, given: Preprocess | None) -> Preprocess | None:
         """Return the normalisation: the options, then what was given, then none."""

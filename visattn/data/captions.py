@@ -48,6 +48,9 @@ class CaptionBatch(NamedTuple):
     """How many words there are, with the one that ends the caption, unless it was cut."""
     indices: Int[Tensor, "b"]
     """Which of the split each image is."""
+    boxes: Int[Tensor, "b r t 4"] | None = None
+    """Where what each word names is seen: its first column and row, and those behind its last; zeros for a word that
+    names nothing. None where nobody knows."""
 
 
 class ReferenceBatch(NamedTuple):
@@ -59,6 +62,10 @@ class ReferenceBatch(NamedTuple):
     """All captions of each image."""
     names: list[str]
     """What each image is called."""
+    words: Int[Tensor, "b r t"] | None = None
+    """The same captions as numbers, where boxes are known."""
+    boxes: Int[Tensor, "b r t 4"] | None = None
+    """As of :class:`CaptionBatch`."""
 
 
 class Photo(NamedTuple):
@@ -394,7 +401,7 @@ class Captions(Images):
         >>> _ = Path(folder, "captions.csv").write_text("image,caption\\n" + rows)
         >>> data = Captions(f"{folder}/captions.csv", folder, captions_per_image=1, batch_size=4, workers=0)
         >>> data.setup()
-        >>> images, words, lengths, _ = next(iter(data.train_dataloader()))
+        >>> images, words, lengths, *_ = next(iter(data.train_dataloader()))
         >>> images.shape, words.shape, data.vocabulary.decode(words[0, 0].tolist())
         (torch.Size([4, 3, 224, 224]), torch.Size([4, 1, 4]), 'a grey square')
         >>> temporary.cleanup()

@@ -7,6 +7,7 @@ from visattn.models.draw import DRAW, DifferentiableGlimpseClassifier
 from visattn.models.glance_focus import GlanceFocus
 from visattn.models.pairs import SiameseNetwork
 from visattn.models.pay_attention import LearnToPayAttention
+from visattn.models.question_answerer import QuestionAnswerer
 from visattn.models.recurrent_attention import RecurrentAttention
 from visattn.models.recurrent_pool import RecurrentPoolNetwork
 from visattn.models.spatial_transformer import DigitClassifier, SpatialTransformerNetwork
@@ -20,6 +21,7 @@ __all__ = [
     "DigitClassifier",
     "GlanceFocus",
     "LearnToPayAttention",
+    "QuestionAnswerer",
     "RecurrentAttention",
     "RecurrentPoolNetwork",
     "SiameseNetwork",

@@ -1,30 +1,19 @@
 """Say what is in a picture: any backbone of timm looks, and a decoder tells word by word, looking where it wants."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from visattn.attention.base import Built
-from visattn.attention.pairwise.transformer_block import TransformerBlock2d
 from visattn.models.decoders.core import Decoder, Said
 from visattn.models.decoders.search import Sentences, beam
 from visattn.models.decoders.show_attend_and_tell import ShowAttendAndTell
-from visattn.models.network import at_least_one, named
-from visattn.surgery import sites
+from visattn.models.network import at_least_one
+from visattn.models.regions import RegionNetwork
 
 
-class Regions(NamedTuple):
-    """What a decoder looks at."""
-
-    memory: Float[Tensor, "b l d"]
-    """A vector for each region."""
-    size: tuple[int, int]
-    """Height and width of the map whose positions, row by row, the regions are."""
-
-
-class Captioner(Built):
+class Captioner(RegionNetwork):
     r"""Say what is in a picture, and where each word was read.
 
     The positions of the backbone's last map, as many as there are, are the regions that the decoder looks at; they are
@@ -68,42 +57,20 @@ class Captioner(Built):
         heads: int = 8,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        self.arguments.pop("pretrained", None)  # whoever builds it again has weights
-        at_least_one(vocabulary=vocabulary, heads=heads, **{} if width is None else {"width": width})
+        super().__init__(
+            backbone,
+            pretrained=pretrained,
+            backbone_args=backbone_args,
+            width=width,
+            layers=layers,
+            heads=heads,
+            dropout=dropout,
+        )
+        at_least_one(vocabulary=vocabulary)
         if not 0 <= end < vocabulary:
             raise ValueError(f"end must be one of {vocabulary} words, got {end}")
-        if layers < 0:
-            raise ValueError(f"layers must not be negative, got {layers}")
-        if not isinstance(backbone, str) and (pretrained or backbone_args):
-            raise ValueError("pretrained and backbone_args are for a backbone that is named, got a model")
-        model: Any = backbone
-        if isinstance(backbone, str):
-            options = {"num_classes": 0} | (backbone_args or {})
-            model = named("backbone", backbone, pretrained=pretrained, **options)
         self.end = end
-        self.backbone = model
-        (self.site,) = sites(model, at="head")
-        features = self.site.channels
-        self.narrow: nn.Module = nn.Identity()
-        if width is not None:
-            self.narrow = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width), nn.ReLU())
-            features = width
-        blocks = [TransformerBlock2d(features, heads=heads, positions="sinusoidal") for _ in range(layers)]
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(features) if layers else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        self.decoder = decoder(vocabulary, features)
-
-    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e rows columns"]:
-        """Return the last map of the backbone: what a frozen one need not compute twice."""
-        return self.site.to_map(self.backbone.forward_features(images))
-
-    def regions(self, features: Float[Tensor, "b e rows columns"]) -> Regions:
-        """Return what the decoder looks at, of a map of the backbone."""
-        x = self.narrow(features.movedim(1, -1)).movedim(-1, 1)
-        x = self.dropout(self.norm(self.blocks(x).flatten(2).mT))
-        return Regions(x, (features.shape[2], features.shape[3]))
+        self.decoder = decoder(vocabulary, self.width)
 
     def prepare(self, images: Float[Tensor, "b c h w"]) -> Any:
         """Make images ready to be told of."""

@@ -1,5 +1,6 @@
 """What is trained, with which loss and which metrics (Lightning)."""
 
+from visattn.tasks.answering import Answering
 from visattn.tasks.base import Task
 from visattn.tasks.captioning import Captioning
 from visattn.tasks.classification import Classification
@@ -13,6 +14,7 @@ from visattn.tasks.watch import Alignment, Gaze
 
 __all__ = [
     "Alignment",
+    "Answering",
     "Captioning",
     "Classification",
     "Focusing",

@@ -1,40 +1,58 @@
 """Say what is in a picture: a backbone of timm and a decoder that looks at its map, trained by Lightning."""
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from pytorch_lightning.cli import ReduceLROnPlateau
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from visattn import attention as zoo
+from visattn.attention.base import Attention
 from visattn.attention.core import wide
 from visattn.attention.memory.core import MemoryAttention
-from visattn.attention.memory.hard import HardWeights
+from visattn.attention.memory.hard import HardAttention, HardWeights
 from visattn.data.captions import CaptionBatch, Captions, ReferenceBatch
+from visattn.data.described import DescribedCanvas
 from visattn.data.features import digest
 from visattn.data.vocabulary import Vocabulary
 from visattn.metrics.cider import CiderD
 from visattn.metrics.evaluation import evaluate
+from visattn.metrics.pointing import points_into
 from visattn.models import decoders
 from visattn.models.captioner import Captioner
 from visattn.models.decoders import Decoder, Said, Sentences, ShowAttendAndTell, sample
 from visattn.models.decoders.recurrent import RecurrentDecoder
+from visattn.models.proposal import Proposal, draw
+from visattn.surgery import insert, insertions
 from visattn.tasks.base import Task, known_to_timm, plainly, trained_weights
+from visattn.tasks.importance import importance
 from visattn.tasks.run import RunError
 
+MakeAttention = Callable[[int], Attention]
 MakeDecoder = Callable[[int, int], Decoder]
 MakeMemoryAttention = Callable[[int, int], MemoryAttention]
-Learning = Literal["cross_entropy", "self_critical"]
+Learning = Literal["cross_entropy", "self_critical", "wake_sleep"]
 Baseline = Literal["greedy", "leave_one_out"]
 Spread = Literal["one", "length"]
 DECAY = 0.9  # of the moving average, in a step
+
+
+class Heard(NamedTuple):
+    """What was said about an image."""
+
+    name: str
+    said: str
+    references: list[str]
+    pointed: list[bool] | None
+    """Whether each word that names something was read there; None where nobody knows."""
 
 
 class Captioning(Task):
@@ -46,7 +64,9 @@ class Captioning(Task):
     .. math:: \nabla = -\sum_n (R_n - b_n)\, \nabla \log p(w_n) \Big/ \sum_n |w_n|
 
     where :math:`b` is that of its greedy sentence, or of the image's other sentences. An attention that picks regions
-    (arXiv:1502.03044) is taught by what its picks make likely, :math:`\log p(w \mid s)` less its moving average.
+    (arXiv:1502.03044) is taught by what its picks make likely, :math:`\log p(w \mid s)` less its moving average; or by
+    wake-sleep learning (arXiv:1509.06812), in which a :class:`~visattn.models.proposal.Proposal` that knows the caption
+    says where to look, and its draws count by how well they go with words and attention.
 
     A validation says what it sees, by a beam, and compares it with what people said.
 
@@ -56,6 +76,9 @@ class Captioning(Task):
         backbone_args: Arguments of ``timm.create_model``.
         freeze_backbone: Whether the backbone stays as it is, in evaluation mode. With ``data.cache``, its maps are made
             once.
+        inserted: What to insert into the backbone: an attention class with its options. It learns.
+        at: Where, in the grammar of ``visattn.sites``; left out, where the module's paper puts it.
+        gate: ``"identity"`` leaves the output of the backbone unchanged at first; None inserts as in the paper.
         decoder: What tells, with its options; left out, :class:`~visattn.models.decoders.ShowAttendAndTell`.
         attention: What the decoder looks with, with its options; left out, the decoder's own.
         width: Features of a region; left out, as many as the backbone has.
@@ -70,9 +93,11 @@ class Captioning(Task):
         target: What :math:`\tau` is: ``"one"`` as in the paper, or the ``"length"`` of the caption over the number of
             regions, which the weights can reach.
         penalty_factor: Weight of the penalty that the attention itself has on its weights.
-        learning: ``"cross_entropy"`` or ``"self_critical"``, which is for a captioner that was trained already.
+        learning: ``"cross_entropy"``; ``"self_critical"``, which is for a captioner that was trained already; or
+            ``"wake_sleep"``, for an attention that picks regions.
         start: Folder or checkpoint of a captioner to start from.
-        samples: How many sentences are said by chance about an image.
+        samples: How many sentences are said by chance about an image; or by how many draws of regions each caption is
+            read, in wake-sleep learning.
         baseline: ``"greedy"`` or ``"leave_one_out"``.
         policy_factor: Weight of what teaches picks.
         entropy_factor: Weight of the entropy of picks, which is to be great.
@@ -88,9 +113,9 @@ class Captioning(Task):
         ValueError: If timm knows no such backbone, or an option is out of its range or does not fit the others.
     """
 
-    data = (Captions,)
+    data = (Captions, DescribedCanvas)
     monitor = "val/cider_d"
-    classes = Task.classes | {"decoder": decoders, "attention": zoo}
+    classes = Task.classes | {"decoder": decoders, "attention": zoo, "inserted": zoo}
 
     average: Tensor
 
@@ -101,6 +126,9 @@ class Captioning(Task):
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
         freeze_backbone: bool = True,
+        inserted: MakeAttention | None = None,
+        at: str | None = None,
+        gate: Literal["identity"] | None = "identity",
         decoder: MakeDecoder | None = None,
         attention: MakeMemoryAttention | None = None,
         width: int | None = None,
@@ -135,8 +163,9 @@ class Captioning(Task):
         for name, count in (("samples", samples), ("beam", beam), ("longest", longest)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if learning == "self_critical" and baseline == "leave_one_out" and samples < 2:
-            raise ValueError(f"samples must be at least 2 for leave_one_out, which compares them, got {samples}")
+        compares = {"self_critical": baseline, "wake_sleep": learning}.get(learning)
+        if compares in ("leave_one_out", "wake_sleep") and samples < 2:
+            raise ValueError(f"samples must be at least 2 for {compares}, which compares them, got {samples}")
         for name, share in (("label_smoothing", label_smoothing), ("scheduled", scheduled), ("warmup", warmup)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {share}")
@@ -145,10 +174,10 @@ class Captioning(Task):
             if factor < 0:
                 raise ValueError(f"{name} must not be negative, got {factor}")
         self.save_hyperparameters(ignore=["_instantiator"])
-        self.decoder, self.attention = decoder or ShowAttendAndTell, attention
-        self.remember(decoder=self.decoder, attention=attention)
+        self.decoder, self.attention, self.inserted = decoder or ShowAttendAndTell, attention, inserted
+        self.remember(decoder=self.decoder, attention=attention, inserted=inserted)
         self.vocabulary: Vocabulary | None = None
-        self.said: list[tuple[str, str, list[str]]] = []
+        self.heard: dict[str, list[Heard]] = defaultdict(list)
         self.register_buffer("average", torch.zeros(()))
 
     # --- the network --------------------------------------------------------------------------------------------------
@@ -168,6 +197,9 @@ class Captioning(Task):
             self.model = Captioner(
                 len(self.vocabulary), end=self.vocabulary.end, pretrained=h["pretrained"], decoder=make, **options
             )
+        if self.inserted is not None:
+            size = getattr(data, "input_size", None)
+            insert(self.model.backbone, self.inserted, at=h["at"], gate=h["gate"], input_size=size)
         fits = self._trainer is not None and self._trainer.state.fn == "fit"
         if fits and h["start"] is not None:
             self.begin_with(h["start"])
@@ -175,8 +207,16 @@ class Captioning(Task):
             raise ValueError("start must be a captioner that was trained already for self_critical learning, got None")
         if h["doubly"] and not any(isinstance(module, MemoryAttention) for module in self.model.decoder.modules()):
             raise ValueError(f"doubly must be 0 for {type(self.model.decoder).__name__}, which looks nowhere")
+        if h["learning"] == "wake_sleep":
+            look = getattr(self.model.decoder, "attention", None)
+            if not isinstance(look, HardAttention) or getattr(look.attention, "heads", 1) > 1:
+                kind = type(self.model.decoder if look is None else look).__name__
+                raise ValueError(f"attention must pick one region a word for wake_sleep learning, got {kind}")
+            self.proposal = Proposal(len(self.vocabulary), self.model.width)
         if h["freeze_backbone"]:
             self.model.backbone.requires_grad_(False)
+            for module in self._trained():
+                module.requires_grad_(True)
         self.train(self.training)
         self.cached = bool(getattr(data, "cache", None))
         if self.cached:
@@ -193,8 +233,8 @@ class Captioning(Task):
 
     def keep(self, data: Any) -> None:
         """Have the maps of the frozen backbone made, or read where that was done."""
-        if not self.hparams["freeze_backbone"]:
-            raise ValueError("cache must be left out where the backbone learns")
+        if not self.hparams["freeze_backbone"] or self.inserted is not None:
+            raise ValueError("cache must be left out where the backbone, or what is inserted in it, learns")
         strategy: Any = self._trainer.strategy  # type: ignore[union-attr]
         model = self.model.to(strategy.root_device)
         weights = digest(self.model.backbone.state_dict())
@@ -214,7 +254,15 @@ class Captioning(Task):
         super().train(mode)
         if hasattr(self, "model") and self.hparams["freeze_backbone"]:
             self.model.backbone.eval()
+            for module in self._trained():
+                module.train(mode)
         return self
+
+    def _trained(self) -> Iterator[nn.Module]:
+        """What learns in a backbone that stays as it is."""
+        for each in insertions(self.model):
+            yield each
+            yield each.attention
 
     def ready(self, images: Tensor) -> Any:
         """Return what the decoder looks at, of images or of their maps."""
@@ -228,16 +276,19 @@ class Captioning(Task):
             self.scorer = CiderD(data.references("train"), end=self.model.end)
 
     def training_loss(self, batch: CaptionBatch) -> Tensor:
-        prepared = self.ready(batch.images)
+        features = batch.images if self.cached else self.model.features(batch.images)
+        prepared = self.model.ready(features)
         if self.hparams["learning"] == "self_critical":
             return self.critical_loss(prepared, batch)
         words = self.read_words(prepared, batch.words[:, :, :-1])
         there = torch.arange(batch.words.shape[2], device=self.device) < batch.lengths[..., None]
-        said = self.model.decoder(prepared, words)
+        if self.hparams["learning"] == "wake_sleep":
+            return self.wake_sleep_loss(prepared, features, batch, words, there)
+        said = self.model.decoder(prepared, words, batch.lengths)
         nats = self.nats(said, batch.words, there, self.hparams["label_smoothing"])
         loss = nats.sum() / self.shared(there.sum())
         self.log("train/cross_entropy", loss)
-        return loss + self.looking_loss(said.maps, there, -nats.detach())
+        return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
 
     def nats(
         self, said: Said, words: Int[Tensor, "b r t"], there: Bool[Tensor, "b r t"], smoothing: float = 0.0
@@ -266,15 +317,9 @@ class Captioning(Task):
                 read.append(last)
         return torch.stack(read, 2)
 
-    def looking_loss(self, maps: Any, there: Bool[Tensor, "b r t"], likely: Float[Tensor, "b r t"]) -> Tensor:
-        """Return what teaches where to look, beside the words themselves.
-
-        Args:
-            maps: Where was looked.
-            there: Where there are words.
-            likely: The log-probability of each word.
-        """
-        h, loss = self.hparams, likely.new_zeros(())
+    def looking_loss(self, maps: Any, there: Bool[Tensor, "b r t"]) -> Tensor:
+        """Return what is asked of the weights themselves, where there are words."""
+        h, loss = self.hparams, torch.zeros((), device=self.device)
         if maps is None:
             return loss
         weights = maps.probabilities if isinstance(maps, HardWeights) else maps
@@ -283,22 +328,60 @@ class Captioning(Task):
         if h["penalty_factor"]:
             penalties = [m.penalty for m in self.model.decoder.modules() if hasattr(m, "penalty")]
             loss = loss + h["penalty_factor"] * sum(penalty(weights, there) for penalty in penalties)
-        if isinstance(maps, HardWeights):
-            reward = likely.sum(2) / there.sum(2).clamp_min(1)  # of a caption, by its length
-            with torch.no_grad():
-                self.average.lerp_(self.meaned(reward.mean()), 1 - DECAY)
-            advantage = (reward - self.average)[..., None].detach()
-            count = self.shared(there.sum())
-            picks = (advantage * maps.log_probability(there)).sum() / count
-            entropy = maps.entropy(there).sum() / count
-            self.log_dict({"train/entropy": entropy.detach(), "train/reward": reward.mean()})
-            loss = loss - h["policy_factor"] * picks - h["entropy_factor"] * entropy
         return loss
+
+    def picking_loss(self, maps: Any, there: Bool[Tensor, "b r t"], likely: Float[Tensor, "b r t"]) -> Tensor:
+        """Return what teaches picks, by the log-probability of each word."""
+        h = self.hparams
+        if not isinstance(maps, HardWeights):
+            return likely.new_zeros(())
+        reward = likely.sum(2) / there.sum(2).clamp_min(1)  # of a caption, by its length
+        with torch.no_grad():
+            self.average.lerp_(self.meaned(reward.mean()), 1 - DECAY)
+        advantage = (reward - self.average)[..., None].detach()
+        count = self.shared(there.sum())
+        picks = (advantage * maps.log_probability(there)).sum() / count
+        self.log("train/reward", reward.mean())
+        return self.entropy_loss(maps, there, count) - h["policy_factor"] * picks
+
+    def entropy_loss(self, maps: HardWeights, there: Bool[Tensor, "b r t"], count: Tensor) -> Tensor:
+        """Return what keeps picks from being always the same."""
+        entropy = maps.entropy(there).sum() / count
+        self.log("train/entropy", entropy.detach())
+        return -self.hparams["entropy_factor"] * entropy
+
+    def wake_sleep_loss(
+        self,
+        prepared: Any,
+        features: Float[Tensor, "b e rows columns"],
+        batch: CaptionBatch,
+        words: Int[Tensor, "b r t"],
+        there: Bool[Tensor, "b r s"],
+    ) -> Tensor:
+        """Return the loss of captions read from proposed regions, by how well these go with words and attention."""
+        samples = self.hparams["samples"]
+        memory = self.model.regions(features).memory.detach()
+        proposed = self.proposal(memory, batch.words, batch.lengths)
+        drawn = draw(proposed.detach().unsqueeze(2).expand(-1, -1, samples, -1, -1))
+        known = proposed.gather(-1, drawn.movedim(2, -1)).movedim(-1, 2)
+        known = (known * there[:, :, None]).sum(-1)
+
+        words, right, lengths, there = (
+            x.repeat_interleave(samples, 1) for x in (words, batch.words, batch.lengths, there)
+        )
+        said = self.model.decoder(prepared, words, lengths, drawn.flatten(1, 2))
+        likely = -self.nats(said, right, there).sum(2).unflatten(1, (-1, samples))
+        prior = said.maps.log_probability(there).sum(2).unflatten(1, (-1, samples))
+        share, more = importance(likely.detach(), prior.detach(), known.detach())
+        count = self.shared(there.sum())
+        self.log("train/cross_entropy", -likely.detach().sum() / count)
+        self.log("train/effective_samples", (samples**2 / share.square().sum(-1)).mean())
+        loss = -(share * (likely + known) + more * prior).sum() / count
+        return loss + self.looking_loss(said.maps, there) + self.entropy_loss(said.maps, there, count)
 
     def unevenness(self, weights: Float[Tensor, "b r t *heads l"], there: Bool[Tensor, "b r t"]) -> Tensor:
         """Return how far regions are from being looked at alike, in the mean over captions."""
-        weights = weights.flatten(3, -2).mean(3) if weights.ndim > 4 else weights
-        total = (weights * there[..., None]).sum(2)
+        total = (averaged(weights) * there[..., None]).sum(2)
         count = there.sum(2, keepdim=True) / total.shape[-1] if self.hparams["target"] == "length" else 1.0
         return (count - total).square().sum(-1).mean()
 
@@ -318,11 +401,11 @@ class Captioning(Task):
         if not reward.isfinite().all():
             raise RunError(f"reward is not finite at step {self.global_step} (epoch {self.current_epoch})")
         there = torch.arange(found.words.shape[2], device=self.device) < found.lengths[..., None]
-        said = decoder(prepared, found.words[:, :, :-1])
+        said = decoder(prepared, found.words[:, :, :-1], found.lengths)
         nats = self.nats(said, found.words, there)
         self.log_dict({"train/reward": reward.mean(), "train/length": found.lengths.float().mean()})
         loss = ((reward - expected)[..., None] * nats).sum() / self.shared(there.sum())
-        return loss + self.looking_loss(said.maps, there, -nats.detach())
+        return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
 
     def rewards(self, found: Sentences, images: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
         """Return the CIDEr-D of sentences about images."""
@@ -343,11 +426,10 @@ class Captioning(Task):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def tell(self, images: Tensor) -> Sentences:
-        """Return what is said about images, or their maps."""
+    def tell(self, prepared: Any) -> Sentences:
+        """Return what is said about images that were made ready."""
         h = self.hparams
-        options = {"width": h["beam"], "alpha": h["alpha"], "longest": h["longest"]}
-        return self.model.say(self.ready(images), **options)
+        return self.model.say(prepared, width=h["beam"], alpha=h["alpha"], longest=h["longest"])
 
     def texts(self, found: Sentences) -> list[str]:
         """Return the best sentence about each image in words."""
@@ -355,34 +437,61 @@ class Captioning(Task):
         return [self.vocabulary.decode(words) for words in found.words[:, 0].tolist()]
 
     def validation_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
-        self.said += zip(batch.names, self.texts(self.tell(batch.images)), batch.references, strict=True)
+        self.hear(batch, "val")
 
-    def test_step(self, batch: ReferenceBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: ReferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.hear(batch, "test_more" if dataloader_idx else "test")
 
     def on_validation_epoch_end(self) -> None:
         self.compare("val")
 
     def on_test_epoch_end(self) -> None:
-        self.compare("test")
+        for stage in [*self.heard]:
+            self.compare(stage)
+
+    def hear(self, batch: ReferenceBatch, stage: str) -> None:
+        """Note what is said about images, and where their references were read."""
+        features = batch.images if self.cached else self.model.features(batch.images)
+        prepared = self.model.ready(features)
+        pointed: list[Any] = [None] * len(batch.names)
+        if batch.words is not None and batch.boxes is not None:
+            maps = self.model.decoder(prepared, batch.words[:, :, :-1]).maps
+            pointed = self.pointed(maps, batch, (features.shape[2], features.shape[3]))
+        texts = self.texts(self.tell(prepared))
+        self.heard[stage] += map(Heard, batch.names, texts, batch.references, pointed)
+
+    def pointed(self, maps: Any, batch: ReferenceBatch, size: tuple[int, int]) -> list[list[bool]]:
+        """Say of each image whether the words of its references that name something were read there."""
+        if maps is None:  # the decoder looks nowhere
+            return [[] for _ in batch.names]
+        weights = averaged(getattr(maps, "probabilities", maps))
+        assert batch.boxes is not None
+        names = batch.boxes.any(-1)
+        found = points_into(weights, batch.boxes, size, (batch.images.shape[2], batch.images.shape[3]))
+        return [inside[there].tolist() for inside, there in zip(found, names, strict=True)]
 
     def compare(self, stage: str) -> None:
         """Log how near all that was said comes to what people said."""
-        everything = [self.said]
+        mine = self.heard.pop(stage, [])
+        everything = [mine]
         if self.trainer.world_size > 1:
             everything = [[] for _ in range(self.trainer.world_size)]
-            dist.all_gather_object(everything, self.said)
-        found = {name: (said, right) for several in everything for name, said, right in several}  # each image once
-        self.said = []
-        scores = evaluate([said for said, _ in found.values()], [right for _, right in found.values()])
-        words = sum(len(said.split()) for said, _ in found.values()) / max(1, len(found))
+            dist.all_gather_object(everything, mine)
+        found = {one.name: one for several in everything for one in several}.values()  # each image once
+        scores = evaluate([one.said for one in found], [one.references for one in found])
+        words = sum(len(one.said.split()) for one in found) / max(1, len(found))
         self.log_dict({f"{stage}/{name}": value for name, value in scores.items() if name != "cider_d"})
         self.log(f"{stage}/cider_d", scores["cider_d"], prog_bar=True)
         self.log(f"{stage}/words", words)
+        known = [one for one in found if one.pointed is not None]
+        if known:
+            self.log(f"{stage}/exact", share([one.said in one.references for one in known]), prog_bar=True)
+        if pointed := [each for one in known for each in one.pointed or []]:
+            self.log(f"{stage}/grounded", share(pointed), prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
         """Return the sentences."""
-        return self.texts(self.tell(batch[0] if isinstance(batch, (list, tuple)) else batch))
+        return self.texts(self.tell(self.ready(batch[0] if isinstance(batch, (list, tuple)) else batch)))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -395,3 +504,13 @@ def drawn(logits: Float[Tensor, "b r *t v"]) -> Int[Tensor, "b r *t"]:
     """Draw words as likely as they are."""
     each = wide(logits).softmax(-1).flatten(0, -2).multinomial(1)
     return each.view(logits.shape[:-1])
+
+
+def averaged(weights: Float[Tensor, "b r t *heads l"]) -> Float[Tensor, "b r t l"]:
+    """Return the mean of the weights of heads, and of layers."""
+    return weights.flatten(3, -2).mean(3) if weights.ndim > 4 else weights
+
+
+def share(held: list[bool]) -> float:
+    """Return the share of what is true."""
+    return sum(held) / len(held)

@@ -1,0 +1,113 @@
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import visattn
+from visattn.attention import AttentiveReader, ImpatientReader, MultiHeadAttention
+from visattn.data.described import QuestionBatch, QuestionedCanvas
+from visattn.models import QuestionAnswerer
+from visattn.tasks import Answering
+
+LITTLE = {
+    "backbone": "resnet10t",
+    "backbone_args": {"in_chans": 1, "channels": [8, 8, 16, 16], "stem_width": 8, "output_stride": 8},
+    "reader": partial(AttentiveReader, width=16),
+    "embedding": 8,
+    "hidden": 16,
+}
+
+
+def canvases(**options) -> QuestionedCanvas:
+    few = {"size": 64, "cells": (2, 2), "digits": (2, 3), "canvases": 48, "evaluated": 8, "batch_size": 8}
+    return QuestionedCanvas(**few | options)
+
+
+def built(**options) -> tuple[Answering, QuestionBatch]:
+    """A task with its network, as a trainer would build it, and a batch."""
+    data = canvases()
+    data.setup()
+    task = Answering(**LITTLE | options)
+    task._trainer = pl.Trainer(max_steps=1, logger=False, accelerator="cpu", enable_progress_bar=False)
+    task._trainer.datamodule = data
+    task.configure_model()
+    task.eval()
+    return task, next(iter(data.val_dataloader()))
+
+
+def test_the_loss_is_the_cross_entropy_of_the_answers():
+    task, batch = built()
+    logits = task.model(batch.images, batch.words, batch.lengths).log_softmax(-1)
+    expected = -torch.stack([logits[b, r, batch.answers[b, r]] for b in range(8) for r in range(4)]).mean()
+    torch.testing.assert_close(task.training_loss(batch), expected)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [AttentiveReader, partial(ImpatientReader, width=8), partial(MultiHeadAttention, heads=2)],
+    ids=["attentive", "impatient", "heads"],
+)
+def test_an_evaluation_says_what_is_right_and_what_was_read_where_it_is(reader):
+    task, batch = built(reader=reader)
+    logged = {}
+    task.log = lambda name, value, **_: logged.update({name: value})
+    task.evaluate(batch, "test")
+    found = task.model.answer(batch.images, batch.words, batch.lengths)
+    right, inside = [], []
+    for b in range(8):
+        for r in range(4):
+            right.append(found.logits[b, r].argmax() == batch.answers[b, r])
+            weights = found.maps[b, r, found.lengths[b, r] - 1]
+            weights = weights.mean(0) if weights.ndim > 1 else weights
+            row, column = divmod(int(weights.argmax()), 8)
+            x0, y0, x1, y1 = batch.boxes[b, r].tolist()
+            if x1:
+                inside.append(x0 <= 8 * column + 4 < x1 and y0 <= 8 * row + 4 < y1)
+    assert logged["test/accuracy"].compute() == pytest.approx(sum(right) / 32)
+    assert logged["test/grounded"].compute() == pytest.approx(sum(inside) / len(inside))
+
+
+def test_trains_tests_and_travels(trainer, tmp_path):
+    class Losses(pl.Callback):
+        each: list[float] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer, *_):
+            self.each.append(float(trainer.callback_metrics["train/loss"]))
+
+    pl.seed_everything(0)
+    data, losses = canvases(more=(4, 4)), Losses()
+    task = Answering(**LITTLE | {"optimizer": partial(torch.optim.AdamW, lr=5e-3)})
+    run = trainer(losses, max_epochs=5, check_val_every_n_epoch=5)
+    run.checkpoint_callbacks[0].monitor = "val/accuracy"
+    run.fit(task, datamodule=data)
+    assert sum(losses.each[-6:]) < sum(losses.each[:6])
+    assert {"val/accuracy", "val/grounded", "val/loss"} <= run.callback_metrics.keys()
+    (one, more) = run.test(task, datamodule=data, verbose=False)
+    assert {"test/accuracy", "test/grounded"} <= one.keys()
+    assert {"test_more/accuracy", "test_more/grounded"} <= more.keys()
+    model = visattn.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert isinstance(model, QuestionAnswerer)
+    assert model.labels == data.labels
+    words = torch.tensor([[model.vocabulary.numbers("What is above the seven?")]])
+    assert model(torch.rand(1, 1, 64, 64), words).shape == (1, 1, 11)
+    folder = tmp_path / "mine"
+    visattn.save(model, folder)
+    assert visattn.load(folder).vocabulary == data.vocabulary
+
+
+def test_needs_to_be_told_words_and_answers():
+    with pytest.raises(ValueError, match="the data must say which words and which answers there are"):
+        Answering(**LITTLE).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet10x"}, "backbone 'resnet10x' is not known to timm; close: "),
+        ({"warmup": 1.0}, r"warmup must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_refuses_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Answering(**LITTLE | options)

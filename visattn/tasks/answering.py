@@ -1,0 +1,151 @@
+"""Answer questions about an image: a network that reads the question and looks for what is asked."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning.cli import ReduceLROnPlateau
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from visattn import attention as zoo
+from visattn.attention.core import wide
+from visattn.attention.memory.core import MemoryAttention
+from visattn.data.described import QuestionBatch, QuestionedCanvas
+from visattn.data.vocabulary import Vocabulary
+from visattn.metrics.pointing import points_into
+from visattn.models.question_answerer import Answered, QuestionAnswerer, at
+from visattn.tasks.base import Task, known_to_timm, plainly, trained_weights
+from visattn.tasks.captioning import averaged
+
+STAGES = ("val", "test", "test_more")
+
+
+class Answering(Task):
+    """Train a network to answer questions about images: visual question answering.
+
+    The network, ``model``, is a :class:`~visattn.models.QuestionAnswerer`, built when a trainer (or
+    ``load_from_checkpoint``) asks for it, because the data says which words and answers there are.
+
+    An evaluation tells the share of right answers, ``accuracy``, and where answers have a place, the share of those
+    whose map, at the last look, has its peak there, ``grounded``.
+
+    Args:
+        backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
+        pretrained: Whether the backbone starts with its trained weights.
+        backbone_args: Arguments of ``timm.create_model``.
+        reader: What looks at the regions, with its options; left out,
+            :class:`~visattn.attention.AttentiveReader`.
+        embedding: Features of a word.
+        hidden: Units of the network that reads questions.
+        width: Features of a region; left out, as many as the backbone has.
+        layers: How many transformer blocks the regions go through.
+        heads: How many heads their attention has.
+        dropout: Probability to drop a number of a region, and of what the answer is told from.
+        optimizer: An optimizer with its options; left out, AdamW.
+        schedule: A schedule of torch with its options, stepped after every epoch; left out, the rate rises linearly
+            and falls to zero along a cosine, step by step.
+        warmup: Share of all steps in which the learning rate rises, without ``schedule``.
+
+    Raises:
+        ValueError: If timm knows no such backbone, or an option is out of its range.
+    """
+
+    data = (QuestionedCanvas,)
+    monitor = "val/accuracy"
+    classes = Task.classes | {"reader": zoo}
+
+    def __init__(
+        self,
+        backbone: str = "resnet10t",
+        *,
+        pretrained: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+        reader: Callable[[int, int], MemoryAttention] | None = None,
+        embedding: int = 128,
+        hidden: int = 256,
+        width: int | None = None,
+        layers: int = 0,
+        heads: int = 8,
+        dropout: float = 0.0,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+        warmup: float = 0.05,
+    ):
+        super().__init__(optimizer, schedule, pretrained)
+        known_to_timm(backbone)
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+        self.save_hyperparameters(ignore=["_instantiator"])
+        self.reader = reader
+        self.remember(reader=reader)
+        self.vocabulary: Vocabulary | None = None
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        h, data = self.hparams, getattr(self._trainer, "datamodule", None)
+        self.vocabulary, self.labels = getattr(data, "vocabulary", None), getattr(data, "labels", None)
+        self.preprocess = getattr(data, "preprocess", None)
+        if self.vocabulary is None or self.labels is None:
+            raise ValueError("the data must say which words and which answers there are")
+        names = ("backbone", "backbone_args", "embedding", "hidden", "width", "layers", "heads", "dropout")
+        options: Any = {name: h[name] for name in names}
+        if self.reader is not None:
+            options["reader"] = plainly(self.reader, "reader")
+        with trained_weights(h["backbone"]):
+            self.model = QuestionAnswerer(len(self.vocabulary), len(self.labels), pretrained=h["pretrained"], **options)
+        make = partial(MulticlassAccuracy, len(self.labels), average="micro")
+        self.accuracy: Any = torch.nn.ModuleDict({stage: make() for stage in STAGES})
+        self.grounded: Any = torch.nn.ModuleDict({stage: MeanMetric() for stage in STAGES})
+
+    def training_loss(self, batch: QuestionBatch) -> Tensor:
+        return loss(self.model(batch.images, batch.words, batch.lengths), batch)
+
+    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: QuestionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(batch, "test_more" if dataloader_idx else "test")
+
+    def evaluate(self, batch: QuestionBatch, stage: str) -> None:
+        """Log how many answers are right, and read where they are."""
+        features = self.model.features(batch.images)
+        found = self.model.asked(features, batch.words, batch.lengths)
+        options: Any = {"batch_size": len(batch.images), "add_dataloader_idx": False}
+        self.log(f"{stage}/loss", loss(found.logits, batch), sync_dist=True, **options)
+        self.accuracy[stage].update(found.logits.flatten(0, 1), batch.answers.flatten())
+        self.log(f"{stage}/accuracy", self.accuracy[stage], prog_bar=True, **options)
+        image, size = batch.images.shape, features.shape
+        inside = points_into(last_map(found), batch.boxes, (size[2], size[3]), (image[2], image[3]))
+        self.grounded[stage].update(inside[batch.boxes.any(-1)].float())
+        self.log(f"{stage}/grounded", self.grounded[stage], prog_bar=True, **options)
+
+    def predict_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
+        """Return the probabilities of the answers."""
+        return wide(self.model(batch.images, batch.words, batch.lengths)).softmax(-1)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {
+            "vocabulary": self.vocabulary,
+            "labels": self.labels,
+            "transform": self.preprocess,
+            "task": "question answering",
+        }
+
+
+def loss(logits: Tensor, batch: QuestionBatch) -> Tensor:
+    """Return the mean cross entropy of the answers."""
+    return F.cross_entropy(wide(logits).flatten(0, 1), batch.answers.flatten())
+
+
+def last_map(found: Answered) -> Tensor:
+    """Return where was looked last for each question, in the mean of heads."""
+    maps = getattr(found.maps, "probabilities", found.maps)
+    return at(averaged(maps), found.lengths - 1)
