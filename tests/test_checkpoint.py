@@ -195,6 +195,54 @@ def test_a_network_that_was_told_what_to_make_its_parts_of(tmp_path):
         load(tmp_path / "captioner")
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a backbone, its batch norms not as they start."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("mobilenetv2_050", pad_type="same")
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    visattn.save(backbone, tmp_path / "trained", model_args={"pad_type": "same"})
+    return f"local-dir:{tmp_path / 'trained'}"
+
+
+def test_a_network_on_a_trained_backbone_does_without_its_weights(trained, tmp_path):
+    network = visattn.models.Captioner(9, backbone=trained, pretrained=True, width=8).eval()
+    small = visattn.save(network, tmp_path / "small", backbone=False, half=True)
+    whole = visattn.save(network, tmp_path / "whole")
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (small, whole)]
+    held = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("backbone."))
+    assert sizes[0] < 2.2 * held + 10_000 < sizes[1]
+    assert "mobilenetv2_050.lamb_in1k, whose weights are not in here" in (small / "card.md").read_text()
+
+    images, words = torch.randn(2, 3, 64, 64), torch.randint(9, (2, 1, 3))
+    again = visattn.load(small, backbone=trained)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    torch.testing.assert_close(again.features(images), network.features(images))
+    torch.testing.assert_close(again(images, words), network(images, words), rtol=1e-2, atol=1e-2)
+    shutil.move(tmp_path / "trained", tmp_path / "gone")  # a whole one does without the folder
+    torch.testing.assert_close(visattn.load(whole)(images, words), network(images, words))
+
+    with pytest.raises(
+        CheckpointError, match="small: it does not hold the weights of its backbone, mob"
+    ):
+        visattn.load(small, backbone=trained)
+    with pytest.raises(CheckpointError, match="it has the weights of its backbone itself: backbone must be"):
+        visattn.load(whole, backbone=trained)
+    other = visattn.save(timm.create_model("mobilenetv2_050"), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"backbone must be mobilenetv2_050.* as it was trained with it"):
+        visattn.load(small, backbone=f"local-dir:{other}")
+
+
+def test_only_a_backbone_as_timm_has_it_is_left_out(model, tmp_path):
+    with pytest.raises(CheckpointError, match="backbone must be true, but for a network that has one"):
+        visattn.save(model, tmp_path / "mine", backbone=False)
+    captioner = visattn.models.Captioner(9, backbone="resnet10t")
+    visattn.insert(captioner.backbone, visattn.SimAM)
+    with pytest.raises(CheckpointError, match="backbone must be true, but for a network that has one"):
+        visattn.save(captioner, tmp_path / "mine", backbone=False)
+
+
 def test_a_part_that_nobody_can_make_again_is_refused(tmp_path):
     captioner = Captioner(9, backbone="resnet10t", decoder=lambda words, features: ShowAttendAndTell(words, features))
     with pytest.raises(CheckpointError, match=r"argument decoder of Captioner .* must be text, a number, .* a class"):

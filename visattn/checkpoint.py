@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from visattn import attention, models
 from visattn.attention.base import Attention
+from visattn.data.features import digest
 from visattn.data.transforms import Preprocess
 from visattn.data.vocabulary import Vocabulary
 from visattn.models import decoders
@@ -76,6 +77,8 @@ def save(
     vocabulary: Vocabulary | None = None,
     model_args: Mapping[str, Any] | None = None,
     only: Literal["inserted"] | None = None,
+    backbone: bool = True,
+    half: bool = False,
     card: str | None = None,
 ) -> Path:
     """Write a model with what was inserted into it to a folder.
@@ -93,6 +96,9 @@ def save(
         vocabulary: What the numbers stand for that it says as words; left out, that the model was loaded with.
         model_args: Arguments of ``timm.create_model`` that timm does not remember, such as ``drop_path_rate``.
         only: ``"inserted"`` leaves the backbone out: kilobytes, to be loaded by ``into=``.
+        backbone: Whether the weights of its backbone are written with a network that has one. Where they stayed as
+            they were, the checkpoint can do without: it names them, and :func:`load` finds them again.
+        half: Whether weights are written in half precision. They are loaded in single precision again.
         card: What the card should say beside what is known: data, command, metrics; Markdown.
 
     Returns:
@@ -115,12 +121,24 @@ def save(
     folder, model = Path(folder), _unwrapped(model)
     known: Any = {"labels": labels, "transform": transform, "task": task, "vocabulary": vocabulary}
     config = describe(model, **known, model_args=model_args, only=only)
+    block = config["visattn"]
     state, ours = _separate(model.state_dict()), _ours(model)
-    if config["visattn"]["model"]:
+    if not backbone:
+        part: Any = getattr(model, "backbone", None)
+        if block["model"] is None or not hasattr(part, "pretrained_cfg") or insertions(part):
+            raise CheckpointError("backbone must be true, but for a network that has one of timm as it was trained")
+        cfg = part.pretrained_cfg
+        tagged = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
+        block["backbone"] = {"name": tagged, "digest": digest(part.state_dict())}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
+    if half:
+        block["half"] = True
+        state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    if block["model"]:
         weights = {INSERTED: state}
     else:
         weights = {INSERTED: {name: t for name, t in state.items() if name.startswith(ours)}}
-    if not (only or config["visattn"]["model"]):
+    if not (only or block["model"]):
         weights[BACKBONE] = {name: t for name, t in state.items() if not name.startswith(ours)}
     try:
         with _replacing(folder.resolve()) as new:
@@ -344,6 +362,8 @@ def _card(model: nn.Module, config: dict[str, Any], folder: Path, said: str | No
     lines += [f"- Task: {block['task']}"] if block["task"] else []
     if labels := block["labels"]:
         lines.append(f"- Labels: {len(labels)}: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}")
+    if left := block.get("backbone"):
+        lines.append(f"- Backbone: {left['name']}, whose weights are not in here; their digest: {left['digest']}")
     if block["vocabulary"]:
         lines.append(f"- Vocabulary: {len(Vocabulary.load(block['vocabulary'])):,} words")
     if block["transform"]:
@@ -386,6 +406,7 @@ def load(
     path: str | Path,
     *,
     into: nn.Module | None = None,
+    backbone: str | None = None,
     classes: Sequence[type[nn.Module]] = (),
     device: str | torch.device = "cpu",
 ) -> nn.Module:
@@ -395,6 +416,8 @@ def load(
         path: A folder written by :func:`save`, or a Lightning ``.ckpt`` of a task of visattn.
         into: A model without insertions, to put the insertions and the weights into, in place; it stays on its device.
             For a backbone that timm does not build, and for a checkpoint of the inserted modules alone.
+        backbone: Where the trained weights of the backbone are, such as ``local-dir:FOLDER``, for a checkpoint that
+            only names them; left out, timm looks for them by that name.
         classes: Classes of the caller's own that the checkpoint names.
         device: Where the model goes.
 
@@ -410,7 +433,7 @@ def load(
         config, state = _read(path)
         with torch.random.fork_rng(devices=[]):
             about = _about(config["visattn"])
-            model = _restore(config, state, into, classes)
+            model = _restore(config, state | _backbone(config, backbone), into, classes)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     if into is None:
@@ -427,7 +450,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = _checked(_read_json(path / CONFIG))
         block = config["visattn"]
         names = [INSERTED] if block["only"] or block["model"] else [BACKBONE, INSERTED]
-        return config, {name: tensor for file in names for name, tensor in _read_tensors(path / file).items()}
+        state = {name: tensor for file in names for name, tensor in _read_tensors(path / file).items()}
+        if block.get("half"):
+            state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+        return config, state
     if not path.is_file():
         previous = _previous(path.resolve())
         hint = f"; a save was interrupted, what was there before is in {previous}" if previous.is_dir() else ""
@@ -525,6 +551,27 @@ def _restore(
         _cast(model, state)
     model.load_state_dict(state, strict=not only)
     return model
+
+
+def _backbone(config: dict[str, Any], name: str | None) -> dict[str, Tensor]:
+    """The weights of a backbone that a checkpoint only names, by their names in the model."""
+    block = config["visattn"]
+    arguments, known = block["model"]["arguments"], block.get("backbone")
+    if known is None:
+        if name is not None:
+            raise CheckpointError(f"it has the weights of its backbone itself: backbone must be left out, got {name!r}")
+        return {}
+    options = {"num_classes": 0} | (arguments.get("backbone_args") or {})
+    try:
+        state = timm.create_model(name or known["name"], pretrained=True, **options).state_dict()
+    except Exception as error:  # whatever a hub, a folder or timm itself says
+        raise CheckpointError(
+            f"it does not hold the weights of its backbone, {known['name']}, and these cannot be had ({_line(error)}): "
+            'give where they are, load(…, backbone="local-dir:FOLDER")'
+        ) from error
+    if digest(state) != known["digest"]:
+        raise CheckpointError(f"backbone must be {known['name']} as it was trained with it, got other weights")
+    return {f"backbone.{key}": tensor for key, tensor in state.items()}
 
 
 def _part(model: nn.Module, config: dict[str, Any]) -> nn.Module:

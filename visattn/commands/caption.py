@@ -34,6 +34,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--maps", type=Path, metavar="FOLDER", help="draw where each word was read, a PNG for each image"
     )
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="where the weights of the backbone are, such as local-dir:FOLDER, for a checkpoint that only names them",
+    )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)")
@@ -41,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     names = find(args.images)
-    model: Any = load(args.checkpoint, device=args.device)
+    model: Any = load(args.checkpoint, backbone=args.backbone, device=args.device)
     if not issubclass(type(model), Captioner):
         raise ValueError(f"checkpoint must be of a captioner, {args.checkpoint} is of {type(model).__name__}")
     complete(model, args.checkpoint)

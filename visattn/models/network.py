@@ -48,6 +48,7 @@ class Network(Classifier):
         if isinstance(backbone, str):
             options = {} if num_classes is None else {"num_classes": num_classes}
             model = timm.create_model(backbone, pretrained=pretrained, **(backbone_args or {}) | options)
+            self.arguments |= as_timm_has_it(backbone, model)
         elif pretrained or backbone_args:
             raise ValueError("pretrained and backbone_args are for a backbone that is named, got a model")
         elif insertions(model):
@@ -151,6 +152,13 @@ def named(argument: str, name: str, own: Sequence[str] = (), **options: Any) -> 
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ValueError(f"{argument} must be {kinds}the name of a timm model, got {name!r}{hint}")
     return timm.create_model(name, **options)
+
+
+def as_timm_has_it(name: str, model: Any) -> dict[str, Any]:
+    """Return by which name and arguments timm builds again what was built from a folder, which may be gone by then."""
+    if not name.startswith("local-dir:"):
+        return {}
+    return {"backbone": model.pretrained_cfg["architecture"], "backbone_args": dict(model._model_args)}
 
 
 def at_least_one(**counts: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visattn.attention.base import Built
 from visattn.attention.pairwise.transformer_block import TransformerBlock2d
-from visattn.models.network import at_least_one, named
+from visattn.models.network import as_timm_has_it, at_least_one, named
 from visattn.surgery import sites
 
 
@@ -65,6 +65,7 @@ class RegionNetwork(Built):
         if isinstance(backbone, str):
             options = {"num_classes": 0} | (backbone_args or {})
             model = named("backbone", backbone, pretrained=pretrained, **options)
+            self.arguments |= as_timm_has_it(backbone, model)
         self.backbone = model
         (self.site,) = sites(model, at="head")
         features = self.site.channels
