@@ -556,12 +556,12 @@ def _restore(
 def _backbone(config: dict[str, Any], name: str | None) -> dict[str, Tensor]:
     """The weights of a backbone that a checkpoint only names, by their names in the model."""
     block = config["visattn"]
-    arguments, known = block["model"]["arguments"], block.get("backbone")
+    known = block.get("backbone")
     if known is None:
         if name is not None:
             raise CheckpointError(f"it has the weights of its backbone itself: backbone must be left out, got {name!r}")
         return {}
-    options = {"num_classes": 0} | (arguments.get("backbone_args") or {})
+    options = {"num_classes": 0} | (block["model"]["arguments"].get("backbone_args") or {})
     try:
         state = timm.create_model(name or known["name"], pretrained=True, **options).state_dict()
     except Exception as error:  # whatever a hub, a folder or timm itself says
