@@ -88,6 +88,7 @@ def test_a_target_and_several_maps_are_chosen(capsys, classifier, photo):
     ]
 
 
+@pytest.mark.slow
 def test_tables_name_every_control_and_end_with_the_mean(capsys, classifier, photo):
     Image.open(photo).save(photo.with_name("again.png"))
     assert main(["explain", classifier(), str(photo), str(photo.with_name("again.png")), *FAST]) == 0
@@ -110,6 +111,7 @@ def test_boxes_are_those_of_the_photo_and_of_what_is_named(capsys, classifier, p
     assert found[1]["findings"]["pointing"]["map"] in (0, 1)
 
 
+@pytest.mark.slow
 def test_maps_of_two_seeds_are_compared(capsys, classifier, photo):
     (line,) = lines(capsys, classifier(0), photo, *FAST, "--against", classifier(1))
     (same,) = lines(capsys, classifier(0), photo, *FAST, "--against", classifier(0))
@@ -135,6 +137,7 @@ def test_every_word_of_a_caption_is_explained_by_regions_of_the_memory(capsys, c
     assert "uniform" in dog["findings"]["deletion"]
 
 
+@pytest.mark.slow
 def test_words_of_content_are_averaged_apart(capsys, captioner, photo):
     path = captioner(attention=partial(MultiHeadAttention, heads=2))
     assert main(["explain", path, str(photo), "--steps", "2", "--measures", "uniform"]) == 0

@@ -55,6 +55,22 @@ def test_regions_are_narrowed_and_look_at_each_other():
         assert torch.equal(one[:, 1:], two[:, 1:]) != mixed
 
 
+def test_regions_are_told_their_rows_and_columns():
+    torch.manual_seed(0)
+    plain = Captioner(5, backbone="resnet10t", width=8)
+    told = Captioner(5, backbone=plain.backbone, width=8, placed=True)
+    told.load_state_dict(plain.state_dict())
+    features = torch.randn(2, 512, 2, 3)
+    added = told.regions(features).memory - plain.regions(features).memory
+    torch.testing.assert_close(added[0], added[1])
+    waves = added[0].unflatten(0, (2, 3))  # half of the features tell the row, half the column
+    torch.testing.assert_close(waves[..., :4], waves[:, :1, :4].expand(-1, 3, -1))
+    torch.testing.assert_close(waves[..., 4:], waves[:1, :, 4:].expand(2, -1, -1))
+    assert (waves[0, 0] - waves[1, 2]).abs().amax() > 0.5
+    with pytest.raises(ValueError, match="width must be divisible by 4 for regions to be told their places, got 6"):
+        Captioner(5, backbone="resnet10t", width=6, placed=True)
+
+
 def test_captions_are_said_of_many_images_as_of_each_alone():
     model, images = captioner(), torch.randn(3, 3, 64, 64)
     together = model.caption(images, width=2, longest=6)
@@ -88,6 +104,7 @@ def test_features_of_a_frozen_backbone_say_the_same():
     torch.testing.assert_close(model.decoder(model.ready(kept), words).features, model.told(images, words).features)
 
 
+@pytest.mark.slow
 def test_learns_a_sentence_by_heart():
     torch.manual_seed(0)
     model = Captioner(12, backbone="resnet10t", decoder=partial(SMALL, dropout=0.0), width=16).train()

@@ -96,6 +96,7 @@ def test_any_attention_reads(reader):
     assert model(images, words, lengths).shape == (2, 3, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", [ATTENTIVE, IMPATIENT], ids=["attentive", "impatient"])
 def test_learns_which_half_is_asked_for(reader):
     """Two words ask which of four brightnesses the left and the right half of an image have."""

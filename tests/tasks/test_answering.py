@@ -68,6 +68,7 @@ def test_an_evaluation_says_what_is_right_and_what_was_read_where_it_is(reader):
     assert logged["test/grounded"].compute() == pytest.approx(sum(inside) / len(inside))
 
 
+@pytest.mark.slow
 def test_trains_tests_and_travels(trainer, tmp_path):
     class Losses(pl.Callback):
         each: list[float] = []  # noqa: RUF012

@@ -222,6 +222,7 @@ def test_sentences_are_rewarded_by_their_cider(data):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learns_to_name_colours_and_says_so(fit, data, trainer, tmp_path):
     pl.seed_everything(0)
     losses = Losses()

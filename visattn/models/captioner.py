@@ -29,6 +29,7 @@ class Captioner(RegionNetwork):
         backbone_args: Arguments of ``timm.create_model``, for a backbone that is named.
         decoder: What tells, called with the number of words and the features of a region.
         width: Features of a region; None: as many as the backbone has.
+        placed: Whether regions are told their rows and columns, by sines and cosines that are added to them.
         layers: How many transformer blocks the regions go through.
         heads: How many heads their attention has.
         dropout: Probability to drop a number of a region.
@@ -53,6 +54,7 @@ class Captioner(RegionNetwork):
         backbone_args: dict[str, Any] | None = None,
         decoder: Callable[[int, int], Decoder] = ShowAttendAndTell,
         width: int | None = None,
+        placed: bool = False,
         layers: int = 0,
         heads: int = 8,
         dropout: float = 0.0,
@@ -62,6 +64,7 @@ class Captioner(RegionNetwork):
             pretrained=pretrained,
             backbone_args=backbone_args,
             width=width,
+            placed=placed,
             layers=layers,
             heads=heads,
             dropout=dropout,

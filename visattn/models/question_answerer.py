@@ -72,6 +72,7 @@ class QuestionAnswerer(RegionNetwork):
         embedding: Features of a word.
         hidden: Units of the network that reads questions.
         width: Features of a region; None: as many as the backbone has.
+        placed: Whether regions are told their rows and columns, by sines and cosines that are added to them.
         layers: How many transformer blocks the regions go through.
         heads: How many heads their attention has.
         dropout: Probability to drop a number of a region, and of what the answer is told from.
@@ -97,6 +98,7 @@ class QuestionAnswerer(RegionNetwork):
         embedding: int = 128,
         hidden: int = 256,
         width: int | None = None,
+        placed: bool = False,
         layers: int = 0,
         heads: int = 8,
         dropout: float = 0.0,
@@ -106,6 +108,7 @@ class QuestionAnswerer(RegionNetwork):
             pretrained=pretrained,
             backbone_args=backbone_args,
             width=width,
+            placed=placed,
             layers=layers,
             heads=heads,
             dropout=dropout,

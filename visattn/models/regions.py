@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Built
+from visattn.attention.pairwise.positions import sinusoid_2d
 from visattn.attention.pairwise.transformer_block import TransformerBlock2d
 from visattn.models.network import as_timm_has_it, at_least_one, named
 from visattn.surgery import sites
@@ -32,6 +33,7 @@ class RegionNetwork(Built):
         pretrained: Whether a backbone that is named starts with its trained weights.
         backbone_args: Arguments of ``timm.create_model``, for a backbone that is named.
         width: Features of a region; None: as many as the backbone has.
+        placed: Whether regions are told their rows and columns, by sines and cosines that are added to them.
         layers: How many transformer blocks the regions go through.
         heads: How many heads their attention has.
         dropout: Probability to drop a number of a region.
@@ -50,6 +52,7 @@ class RegionNetwork(Built):
         pretrained: bool,
         backbone_args: dict[str, Any] | None,
         width: int | None,
+        placed: bool,
         layers: int,
         heads: int,
         dropout: float,
@@ -73,6 +76,9 @@ class RegionNetwork(Built):
         if width is not None:
             self.narrow = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width), nn.ReLU())
             features = width
+        if placed and features % 4:
+            raise ValueError(f"width must be divisible by 4 for regions to be told their places, got {features}")
+        self.placed = placed
         blocks = [TransformerBlock2d(features, heads=heads, positions="sinusoidal") for _ in range(layers)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(features) if layers else nn.Identity()
@@ -86,5 +92,7 @@ class RegionNetwork(Built):
     def regions(self, features: Float[Tensor, "b e rows columns"]) -> Regions:
         """Return what is looked at, of a map of the backbone."""
         x = self.narrow(features.movedim(1, -1)).movedim(-1, 1)
-        x = self.dropout(self.norm(self.blocks(x).flatten(2).mT))
-        return Regions(x, (features.shape[2], features.shape[3]))
+        size = (features.shape[2], features.shape[3])
+        if self.placed:
+            x = x + sinusoid_2d(*size, self.width, dtype=x.dtype, device=x.device)
+        return Regions(self.dropout(self.norm(self.blocks(x).flatten(2).mT)), size)

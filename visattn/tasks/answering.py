@@ -44,6 +44,7 @@ class Answering(Task):
         embedding: Features of a word.
         hidden: Units of the network that reads questions.
         width: Features of a region; left out, as many as the backbone has.
+        placed: Whether regions are told their rows and columns, by sines and cosines that are added to them.
         layers: How many transformer blocks the regions go through.
         heads: How many heads their attention has.
         dropout: Probability to drop a number of a region, and of what the answer is told from.
@@ -70,6 +71,7 @@ class Answering(Task):
         embedding: int = 128,
         hidden: int = 256,
         width: int | None = None,
+        placed: bool = False,
         layers: int = 0,
         heads: int = 8,
         dropout: float = 0.0,
@@ -94,7 +96,7 @@ class Answering(Task):
         self.preprocess = getattr(data, "preprocess", None)
         if self.vocabulary is None or self.labels is None:
             raise ValueError("the data must say which words and which answers there are")
-        names = ("backbone", "backbone_args", "embedding", "hidden", "width", "layers", "heads", "dropout")
+        names = ("backbone", "backbone_args", "embedding", "hidden", "width", "placed", "layers", "heads", "dropout")
         options: Any = {name: h[name] for name in names}
         if self.reader is not None:
             options["reader"] = plainly(self.reader, "reader")

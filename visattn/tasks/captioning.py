@@ -82,6 +82,7 @@ class Captioning(Task):
         decoder: What tells, with its options; left out, :class:`~visattn.models.decoders.ShowAttendAndTell`.
         attention: What the decoder looks with, with its options; left out, the decoder's own.
         width: Features of a region; left out, as many as the backbone has.
+        placed: Whether regions are told their rows and columns, by sines and cosines that are added to them.
         layers: How many transformer blocks the regions go through.
         heads: How many heads their attention has.
         dropout: Probability to drop a number of a region.
@@ -132,6 +133,7 @@ class Captioning(Task):
         decoder: MakeDecoder | None = None,
         attention: MakeMemoryAttention | None = None,
         width: int | None = None,
+        placed: bool = False,
         layers: int = 0,
         heads: int = 8,
         dropout: float = 0.0,
@@ -192,7 +194,9 @@ class Captioning(Task):
         make = plainly(self.decoder, "decoder")
         if self.attention is not None:
             make = partial(make, attention=plainly(self.attention, "attention"))
-        options: Any = {name: h[name] for name in ("backbone", "backbone_args", "width", "layers", "heads", "dropout")}
+        options: Any = {
+            name: h[name] for name in ("backbone", "backbone_args", "width", "placed", "layers", "heads", "dropout")
+        }
         with trained_weights(h["backbone"]):
             self.model = Captioner(
                 len(self.vocabulary), end=self.vocabulary.end, pretrained=h["pretrained"], decoder=make, **options
