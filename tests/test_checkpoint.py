@@ -223,9 +223,7 @@ def test_a_network_on_a_trained_backbone_does_without_its_weights(trained, tmp_p
     shutil.move(tmp_path / "trained", tmp_path / "gone")  # a whole one does without the folder
     torch.testing.assert_close(visattn.load(whole)(images, words), network(images, words))
 
-    with pytest.raises(
-        CheckpointError, match="small: it does not hold the weights of its backbone, mob"
-    ):
+    with pytest.raises(CheckpointError, match="small: it does not hold the weights of its backbone, mob"):
         visattn.load(small, backbone=trained)
     with pytest.raises(CheckpointError, match="it has the weights of its backbone itself: backbone must be"):
         visattn.load(whole, backbone=trained)

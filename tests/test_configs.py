@@ -5,10 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from visattn.tasks.command_line import CommandLine, known_tasks
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ENGINES = sorted((ROOT / "configs/scale").glob("*.yaml"))
 
 
 class Parsed(CommandLine):
@@ -46,7 +49,29 @@ def test_every_training_in_the_header_parses(file):
         assert Parsed(shlex.split(command.replace("\\\n", " "))).config["fit"]["trainer"]
 
 
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("stem", ["quickstart", "classify_imagenet", "recurrent_digits", "caption_quickstart"])
+def test_an_engine_goes_on_top_of_any_task(engine, stem):
+    below, above = yaml.safe_load((ROOT / f"configs/{stem}.yaml").read_text()), yaml.safe_load(engine.read_text())
+    config = Parsed(["fit", "--config", str(ROOT / f"configs/{stem}.yaml"), "--config", str(engine)]).config["fit"]
+    assert config["trainer"]["max_epochs"] == below["trainer"]["max_epochs"]
+    for name, value in above["trainer"].items():
+        if isinstance(value, dict):
+            assert config["trainer"][name]["class_path"].endswith(value["class_path"])
+            assert value["init_args"].items() <= config["trainer"][name]["init_args"].as_dict().items()
+        elif not isinstance(value, list):
+            assert config["trainer"][name] == value
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda file: file.stem)
+def test_an_engine_says_its_command_and_where_it_was_tried(engine):
+    header = "".join(line for line in engine.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(rf"train\.py fit --config configs/\S+ --config configs/scale/{engine.name}", header)
+    assert re.search(r"^# Tried: \S", header, re.MULTILINE)
+
+
 def test_there_are_some():
+    assert {file.stem for file in ENGINES} == {"bf16", "ddp", "fsdp2", "slurm"}
     assert {file.stem for file in CONFIGS} >= {
         "quickstart",
         "classify_cifar10",

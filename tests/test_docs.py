@@ -166,8 +166,12 @@ def test_the_kernel_page_knows_the_convolution_that_is_replaced():
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
-    here = [link for link in links if not link.startswith("http")]
-    assert not [link for link in here if not (page.parent / link).exists()]
+    here = [link.partition("#") for link in links if not link.startswith("http")]
+    assert not [link for link, _, _ in here if not (page.parent / link).exists()]
+    anchors = [(page.parent / link if link else page, anchor) for link, _, anchor in here if anchor]
+    for target, anchor in anchors:
+        titles = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def test_every_page_is_linked_from_the_index():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import visattn
 from visattn import CBAM, Attention, DynamicConvolution, NonLocal, SqueezeExcitation, StructuredSelfAttentivePool
-from visattn.models import AttentionBranchNetwork, LearnToPayAttention, RecurrentPoolNetwork
+from visattn.models import AttentionBranchNetwork, DigitClassifier, LearnToPayAttention, RecurrentPoolNetwork
 from visattn.surgery import insertions
 from visattn.tasks import Classification, RunError
 from visattn.tasks.base import warmup_cosine
@@ -609,3 +609,9 @@ def test_numbers_next_to_nothing_are_nothing_while_it_trains(digits, trainer):
     trainer(Watch(), max_steps=2).fit(Classification("test_resnet"), datamodule=digits())
     assert seen == [False, False]
     assert bool((tiny * 1.0).any())
+
+
+def test_a_network_that_cannot_make_its_maps_again_says_so():
+    task = Classification(network=DigitClassifier, grad_checkpointing=True)
+    with pytest.raises(ValueError, match="grad_checkpointing must be false for DigitClassifier, which cannot do it"):
+        task.configure_model()

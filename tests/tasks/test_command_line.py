@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +75,10 @@ def test_fit_leaves_its_run_and_test_finds_it(tmp_path, capsys):
     run_cli(tiny("fit"))
     run = tmp_path / "runs/quickstart/version_0"
     left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    (events,) = [name for name in left if name.startswith("events.out.tfevents.")]
     model = {f"model/{name}" for name in ("card.md", "config.json", "model.safetensors", "visattn.safetensors")}
-    assert (
-        left == {"config.yaml", "hparams.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} | model
-    )
+    texts = {"config.yaml", "environment.yaml", "hparams.yaml", "metrics.csv"}
+    assert left == {*texts, events, "checkpoints/best.ckpt", "checkpoints/last.ckpt"} | model
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["attention"]["init_args"]["reduction"] == 8
     assert "- Command: `" in (run / "model/card.md").read_text()
     metrics = (run / "metrics.csv").read_text()
@@ -97,6 +98,42 @@ def test_fit_leaves_its_run_and_test_finds_it(tmp_path, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text()) == config
     run_cli(tiny("fit"))
     assert (tmp_path / "runs/quickstart/version_1/model").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [
+        ("--trainer.precision bf16-mixed", 5),
+        ("--model.channels_last true", 5),
+        ("--model.grad_checkpointing true", 5),
+        ("--trainer.accumulate_grad_batches 2", 3),
+        ("--model.optimizer AdamW --model.optimizer.fused true", 5),
+        ("--model.optimizer SGD --model.optimizer.fused true --trainer.gradient_clip_val 1", 5),
+    ],
+)
+def test_what_makes_a_step_faster_or_leaner_trains(more, steps, tmp_path):
+    run_cli(tiny("fit", f"{more} --disk 1 --save_minutes 5 --checkpoint.save_top_k 2"))
+    state = torch.load(tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == steps
+    fresh = Classification.load_from_checkpoint(tmp_path / "runs/quickstart/version_0/checkpoints/best.ckpt")
+    assert all(value.isfinite().all() for value in fresh.state_dict().values())
+
+
+def test_another_logger_stands_beside_those_that_are_always_there(tmp_path):
+    more = "--trainer.logger CSVLogger --trainer.logger.save_dir other --trainer.limit_train_batches 1"
+    run_cli(tiny("fit", f"{more} --trainer.limit_val_batches 1 --trainer.log_every_n_steps 1"))
+    for run in (tmp_path / "runs/quickstart/version_0", tmp_path / "other/lightning_logs/version_0"):
+        assert "train/loss" in (run / "metrics.csv").read_text()
+    assert (tmp_path / "runs/quickstart/version_0/model").is_dir()
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is there")
+def test_a_logger_whose_package_is_missing_says_which(capsys):
+    with pytest.raises(SystemExit):
+        run_cli(tiny("fit", "--trainer.logger WandbLogger"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: .*wandb.*pip install.*", last), last
 
 
 def test_short_names_put_modules_in(tmp_path):
@@ -292,6 +329,38 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     finish(start([*arguments, "--trainer.max_epochs", str(checkpoint["epoch"] + 2)]))
     last = torch.load(tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] > checkpoint["global_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [
+        (signal.SIGUSR1, ""),
+        (signal.SIGTERM, f"--config {ROOT}/configs/scale/ddp.yaml --trainer.devices 2"),  # told to one of the two
+    ],
+    ids=["one", "two"],
+)
+def test_processes_that_are_told_to_end_save_and_say_so_by_their_code(number, more, tmp_path):
+    process = start(tiny("fit", more, epochs=100))
+    wait_for(tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt", process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, said
+    assert (tmp_path / "runs/quickstart/version_0/checkpoints/interrupted.ckpt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [("ddp", ""), ("fsdp2", "--trainer.strategy.init_args.data_parallel_size 2"), ("bf16", "")],
+)
+def test_an_engine_is_stacked_on_a_configuration(engine, more, tmp_path):
+    more = f"--config {ROOT}/configs/scale/{engine}.yaml --trainer.devices 2 {more}"
+    finish(start(tiny("fit", more)))
+    run = tmp_path / "runs/quickstart/version_0"
+    assert "on 2 × cpu" in (run / "model/card.md").read_text()
+    assert visattn.load(run / "model")(torch.randn(1, 1, 32, 32)).isfinite().all()
+    assert yaml.safe_load((run / "environment.yaml").read_text())["processes"] == 2
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import nn
 import visattn
 from visattn.surgery import insertions
 from visattn.tasks import Classification, RunError
-from visattn.tasks.run import Log, Predictions, TimmSyncBatchNorm, WholeFiles, newest_checkpoint
+from visattn.tasks.run import Best, Log, Predictions, Recent, TimmSyncBatchNorm, WholeFiles, newest_checkpoint
 
 
 class Room:
@@ -61,6 +61,66 @@ def test_a_disk_that_fills_up_in_training_ends_it_and_leaves_what_was_saved(digi
     visattn.load(tmp_path / "checkpoints/last.ckpt")
 
 
+def test_a_disk_budget_removes_the_oldest_but_neither_the_best_nor_the_last(tmp_path):
+    files = WholeFiles(disk=3.5 * 400_000 / 2**30)
+    state = {"weights": torch.zeros(100_000)}  # 400 kB
+    for age, name in enumerate(("best-1.ckpt", "best-2.ckpt", "last.ckpt")):
+        files.save_checkpoint(state, tmp_path / name)
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / "best.ckpt").symlink_to("best-1.ckpt")
+    files.save_checkpoint(state, tmp_path / "best-3.ckpt")
+    assert {file.name for file in tmp_path.iterdir()} == {"best-1.ckpt", "best.ckpt", "last.ckpt", "best-3.ckpt"}
+    files.save_checkpoint(state, tmp_path / "last.ckpt")  # replaces the one before
+    assert (tmp_path / "best-3.ckpt").exists()
+
+    os.replace(tmp_path / "best-3.ckpt", tmp_path / "interrupted.ckpt")
+    with pytest.raises(RunError, match=r"recent.ckpt would take 0.000\d+.* than disk=.* from which the run goes"):
+        files.save_checkpoint(state, tmp_path / "recent.ckpt")
+    left = {"best-1.ckpt", "best.ckpt", "last.ckpt", "interrupted.ckpt"}
+    assert {file.name for file in tmp_path.iterdir()} == left
+    with pytest.raises(ValueError, match="disk must be positive, got 0"):
+        WholeFiles(disk=0.0)
+
+
+def test_the_best_of_several_is_linked(digits, trainer, tmp_path):
+    class Scored(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("score", (0.1, 0.3, 0.2, 0.05)[trainer.current_epoch])
+
+    options = {"monitor": "score", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
+    several = Best(dirpath=tmp_path / "kept", filename="best", **options)
+    trainer(Scored(), several, max_epochs=4).fit(Classification("test_resnet"), datamodule=digits())
+    kept = {file.name for file in (tmp_path / "kept").iterdir()}
+    assert kept == {"best-001-10.ckpt", "best-002-15.ckpt", "best.ckpt"}
+    best = newest_checkpoint(tmp_path / "kept", "best")
+    assert best.resolve().name == "best-001-10.ckpt"
+    assert torch.load(best, weights_only=True)["epoch"] == 1
+
+
+def test_the_state_is_saved_by_a_clock_that_nobody_sets(digits, trainer, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr("pytorch_lightning.callbacks.model_checkpoint.time.monotonic", lambda: next(clock))
+    saved = []
+
+    class Noted(WholeFiles):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            saved.append((Path(path).name, checkpoint["global_step"]))
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    class Last(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.found = newest_checkpoint(tmp_path / "checkpoints", "last").name
+
+    last = Last()
+    kept = trainer(Recent(minutes=2.0), last, plugins=[Noted()])
+    kept.fit(Classification("test_resnet"), datamodule=digits(train_per_class=16))
+    assert [step for name, step in saved if name == "recent.ckpt"]
+    assert last.found == "last.ckpt"
+    assert not (tmp_path / "checkpoints/recent.ckpt").exists()  # it is finished
+    with pytest.raises(ValueError, match="save_minutes must be positive, got -1"):
+        Recent(minutes=-1.0)
+
+
 def test_converting_to_synchronised_norms_keeps_what_is_inserted():
     task = Classification("test_byobnet", attention=visattn.CBAM, backbone_args={"num_classes": 10, "in_chans": 1})
     task.configure_model()
@@ -88,13 +148,15 @@ def test_the_log_goes_on_where_it_left_off(tmp_path):
 
 def test_the_last_checkpoint_is_the_newest(tmp_path):
     assert newest_checkpoint(tmp_path, "last") is None
-    for name in ("interrupted.ckpt", "last.ckpt", "best.ckpt"):
+    for name in ("interrupted.ckpt", "recent.ckpt", "last.ckpt", "best.ckpt"):
         (tmp_path / name).touch()
-
-    os.utime(tmp_path / "interrupted.ckpt", (1, 1))
+    os.utime(tmp_path / "interrupted.ckpt", (2, 2))
+    os.utime(tmp_path / "recent.ckpt", (1, 1))
     assert newest_checkpoint(tmp_path, "last") == tmp_path / "last.ckpt"
     os.utime(tmp_path / "last.ckpt", (0, 0))
     assert newest_checkpoint(tmp_path, "last") == tmp_path / "interrupted.ckpt"
+    os.utime(tmp_path / "recent.ckpt", (3, 3))
+    assert newest_checkpoint(tmp_path, "last") == tmp_path / "recent.ckpt"
     assert newest_checkpoint(tmp_path, "best") == tmp_path / "best.ckpt"
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from visattn.data.images import Once, Shuffled
+from visattn.data.images import Once, Resumable, Shuffled
 from visattn.data.sources import DataError, Pixels, Split, download, open_source
 from visattn.data.transforms import Preprocess, spread
 
@@ -711,7 +711,7 @@ class Canvas(pl.LightningDataModule):
         )
 
     def loader(self, canvases: Canvases, sampler: DistributedSampler | None) -> DataLoader:
-        return DataLoader(
+        return Resumable(
             canvases,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from visattn.data.features import Features, digest, fill
-from visattn.data.images import Images, Loader, Once, Sample, Samples, Shuffled
+from visattn.data.images import BUFFER, Images, Loader, Once, Sample, Samples, Shuffled
+from visattn.data.shards import CAPTIONS, Shards, holds_shards, said
 from visattn.data.sources import ARCHIVES, DAMAGE, IMAGES, SPLITS, DataError, Files, Source, Split, open_files
 from visattn.data.transforms import Augment, Interpolation
 from visattn.data.vocabulary import Tokenizer, Tokens, Vocabulary, Words
@@ -89,16 +90,7 @@ def read(path: str, tokens: Tokens) -> list[Photo]:
     Raises:
         DataError: If it is not there, in another form, or something is wrong in it.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise DataError(f"captions must be a file, {path!r} {'is a folder' if file.exists() else 'does not exist'}")
-    try:
-        with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as stream:
-            text = stream.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not in UTF-8: {error}") from error
-    except DAMAGE as error:
-        raise DataError(f"{path} is truncated or damaged: {error}") from error
+    text = said(path, CAPTIONS, bytes.decode) if holds_shards(path) else text_of(path)
     found: Iterable[tuple[str, Photo]]
     if text.lstrip()[:1] in ("{", "["):
         found = from_json(path, text, tokens)
@@ -119,6 +111,55 @@ def read(path: str, tokens: Tokens) -> list[Photo]:
             raise DataError(f"{where} has {photo.name!r} in {split}, it was in {known.split} before")
         known.captions.extend(photo.captions)
     return list(photos.values())
+
+
+def text_of(path: str) -> str:
+    """Return what is in a text file, which may be compressed with gzip."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"captions must be a file, {path!r} {'is a folder' if file.exists() else 'does not exist'}")
+    try:
+        with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as stream:
+            return stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8: {error}") from error
+    except DAMAGE as error:
+        raise DataError(f"{path} is truncated or damaged: {error}") from error
+
+
+def placed(root: str) -> Files:
+    """Return the images that captions are of: those of a folder, an archive, or shards."""
+    if holds_shards(root):
+        return Shards(root)
+    path = Path(root).expanduser()
+    if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
+        what = "is no archive known here" if path.exists() else "does not exist"
+        raise DataError(f"images must be a folder or an archive ({', '.join(ARCHIVES)}); {root!r} {what}")
+    return open_files(path)
+
+
+def to_write(captions: str | dict[str, str], root: str) -> tuple[dict[str, Split], dict[int, list[str]], str]:
+    """Return images that have captions by split, the captions of each position, and all that is said as one JSON.
+
+    It is Karpathy's form, with captions as text and, where that is another, as the words into which others have cut it.
+
+    Args:
+        captions: As of :class:`Captions`.
+        root: Where the images are.
+    """
+    place = placed(root)
+    left: dict[str, list[str]] = defaultdict(list)
+    kinds: tuple[Tokens, Tokens] = "plain", "given"
+    plain, cut = (Captions(captions, root, tokens=tokens).found(place, left) for tokens in kinds)
+    groups: dict[str, list[int]] = defaultdict(list)
+    images = []
+    for position, photo in sorted(plain.items()):
+        groups[photo.split or "train"].append(position)
+        pairs = zip(photo.captions, cut[position].captions, strict=True)
+        sentences = [{"raw": raw, "tokens": words.split(" ")} if raw != words else {"raw": raw} for raw, words in pairs]
+        images.append({"filename": photo.name, "split": photo.split, "sentences": sentences})
+    splits = {name: Split(place, np.array(group), np.zeros(len(group), np.int64)) for name, group in groups.items()}
+    return splits, {position: photo.captions for position, photo in plain.items()}, json.dumps({"images": images})
 
 
 def from_json(path: str, text: str, tokens: Tokens) -> Iterator[tuple[str, Photo]]:
@@ -318,15 +359,15 @@ class Bucketed(Shuffled):
         self.batch_size = batch_size
         self.pool = pool
 
-    def __iter__(self) -> Iterator[Any]:
-        indices = np.array([index for _, index in super().__iter__()])
+    def indices(self) -> list[int]:
+        indices = np.array(super().indices())
         whole = len(indices) // self.batch_size * self.batch_size
         starts = range(0, whole, self.batch_size * self.pool)
         pools = [indices[start : min(start + self.batch_size * self.pool, whole)] for start in starts]
         ordered = [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
         batches = np.concatenate([indices[:0], *ordered]).reshape(-1, self.batch_size)
         batches = np.random.default_rng((self.seed, self.epoch)).permutation(batches)
-        return ((self.epoch, int(index)) for index in chain(batches.flat, indices[whole:]))
+        return np.concatenate([batches.ravel(), indices[whole:]]).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- the module
@@ -386,6 +427,7 @@ class Captions(Images):
         pin_memory: Whether batches are put where a GPU fetches them faster; left out, where there is a GPU.
         strict: Whether an image that is missing or unreadable is an error. Otherwise it is named, skipped and counted.
         seed: Where the random numbers start: which images are held out, their order, their captions.
+        buffer: Of shards: among how many images, that lie one after another, the order is drawn.
 
     Raises:
         ValueError: If a value is out of its range; as its subclass ``DataError`` if something is wrong with the data.
@@ -441,6 +483,7 @@ class Captions(Images):
         pin_memory: bool | None = None,
         strict: bool = False,
         seed: int = 0,
+        buffer: int = BUFFER,
     ):
         super().__init__(
             images,
@@ -458,6 +501,7 @@ class Captions(Images):
             pin_memory=pin_memory,
             strict=strict,
             seed=seed,
+            buffer=buffer,
         )
         counts = {"captions_per_image": captions_per_image, "longest": longest, "pool": pool, "min_count": min_count}
         for name, count in (counts | {"max_words": 1 if max_words is None else max_words}).items():
@@ -488,11 +532,7 @@ class Captions(Images):
     def source(self) -> Source:
         """Return the splits with their captions, and tell what is left out."""
         left: dict[str, list[str]] = defaultdict(list)
-        path = Path(self.root).expanduser()
-        if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
-            what = "is no archive known here" if path.exists() else "does not exist"
-            raise DataError(f"images must be a folder or an archive ({', '.join(ARCHIVES)}); {self.root!r} {what}")
-        self.place = open_files(path)
+        self.place = placed(self.root)
         photos = self.found(self.place, left)
         groups: dict[str, list[int]] = defaultdict(list)
         for position, photo in sorted(photos.items()):
@@ -643,5 +683,6 @@ class Captions(Images):
         if self.pool == 1:
             return super().train_dataloader()
         samples = self.samples("train", train=True)
-        options = {"batch_size": self.batch_size, "pool": self.pool, "seed": self.seed}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "pool": self.pool, "seed": self.seed}
+        options |= {"shards": samples.shards, "buffer": self.buffer}
         return self.loader(samples, Bucketed(samples, **options, **self.processes()))  # type: ignore[arg-type]

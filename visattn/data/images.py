@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,10 +14,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from visattn.data.shards import ShardError, Shards, holds_shards, open_shards
 from visattn.data.sources import DataError, Source, Split, download, open_source
 from visattn.data.transforms import Augment, Augmentation, Interpolation, Preprocess, as_seen, spread
 
 ATTEMPTS = 20  # how many images in a row may be unreadable before training gives up
+BUFFER = 4096  # images, among which the order of those in shards is drawn
 
 
 class Sample(NamedTuple):
@@ -87,6 +90,12 @@ class Samples(Dataset):
                 return Sample(self.transform(image, seed), target, unreadable)
         return Sample(None, None, unreadable)
 
+    @property
+    def shards(self) -> np.ndarray | None:
+        """In which shard the image of each index lies, where they lie in any."""
+        place = self.split.place
+        return place.shard[self.split.positions] if isinstance(place, Shards) else None
+
     def read(self, index: int) -> Any:
         """Return an image as it is before :meth:`transform`."""
         return as_seen(self.split.read(index), self.preprocess.input_size[0])
@@ -105,7 +114,41 @@ class Samples(Dataset):
         return default_collate(pairs)
 
 
-class Loader(DataLoader):
+class Resumable(DataLoader):
+    """Batches that go on within an epoch, also with another number of workers.
+
+    What a sample is follows from (seed, epoch, index), so their state is how many were given, of those prepared.
+    """
+
+    epoch = given = 0
+    """The epoch that was begun last, and how many of its batches were given."""
+    resumed: tuple[int, int] | None = None
+    """Which epoch goes on, and after how many batches."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.resumed = state["epoch"], state["batches"]
+        if isinstance(self.sampler, DistributedSampler):
+            self.sampler.set_epoch(state["epoch"])
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.given = 0
+        if isinstance(self.sampler, Shuffled):
+            self.epoch = self.sampler.epoch
+            if self.resumed and self.resumed[0] == self.epoch:
+                self.given = self.resumed[1]
+            self.sampler.start = self.given * (self.batch_size or 1)
+        return self.counted(super().__iter__())
+
+    def counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.given += 1
+            yield batch
+
+
+class Loader(Resumable):
     """Batches of :class:`Samples`; warns of each unreadable image by name and counts them at the end of the epoch."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -115,18 +158,20 @@ class Loader(DataLoader):
         samples: Samples = self.dataset  # type: ignore[assignment]
         unreadable: set[str] = set()
         given = 0
-        for number, (batch, failed) in enumerate(batches, 1):
+        for batch, failed in batches:
             for name, why in failed.items():
                 if samples.strict:
                     raise DataError(f"cannot read {name} ({why})")
-                if name not in samples.unreadable:
-                    warnings.warn(f"skipped {name}, which cannot be read ({why})", stacklevel=2)
+                lost = why.startswith(ShardError.__name__)  # and all that is in it, which is named once
+                if (why not in samples.unreadable.values()) if lost else (name not in samples.unreadable):
+                    what = f"the images of a shard, such as {name}," if lost else f"{name}, which"
+                    warnings.warn(f"skipped {what} cannot be read ({why})", stacklevel=2)
                 samples.unreadable[name] = why
             unreadable |= failed.keys()
             if batch is None and samples.train:
                 raise DataError(f"{ATTEMPTS} images of {samples.called} in a row cannot be read: {', '.join(failed)}")
             given += batch is not None
-            if number == len(self):  # before the last batch: whoever counts batches asks for no more
+            if self.given == len(self):  # before the last batch: whoever counts batches asks for no more
                 if unreadable:
                     epoch = f", epoch {self.sampler.epoch}" if isinstance(self.sampler, Shuffled) else ""
                     warnings.warn(
@@ -141,10 +186,40 @@ class Loader(DataLoader):
 
 
 class Shuffled(DistributedSampler):
-    """Pairs (epoch, index) in an order that follows from the seed and the epoch, as many for every process."""
+    """Pairs (epoch, index) in an order that follows from the seed and the epoch, as many for every process.
+
+    Images in shards come shard after shard, in an order drawn anew in each epoch, every process from a stretch of them
+    that is its own. Within it an image moves by less than a buffer, so that only the shards in that are wanted at a
+    time.
+
+    Args:
+        dataset: What has the indices.
+        shards: In which shard each of them lies.
+        buffer: By how many places an image moves at most.
+        options: As of ``DistributedSampler``.
+    """
+
+    start = 0
+    """How many are left out, which an earlier run has had."""
+
+    def __init__(self, dataset: Any, *, shards: np.ndarray | None = None, buffer: int = 1, **options: Any):
+        super().__init__(dataset, **options)
+        self.shards = shards
+        self.buffer = buffer
 
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        return islice(((self.epoch, index) for index in self.indices()), self.start, None)
+
+    def indices(self) -> list[int]:
+        """Return the indices of this process in the order of the epoch."""
+        if self.shards is None:
+            return list(super().__iter__())
+        chance = np.random.default_rng((self.seed, self.epoch))
+        turns = chance.permutation(int(self.shards.max()) + 1)
+        indices = np.resize(np.argsort(turns[self.shards], kind="stable"), self.total_size)
+        stretch = indices[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
+        chance = np.random.default_rng((self.seed, self.epoch, self.rank))
+        return stretch[np.argsort(np.arange(len(stretch)) + self.buffer * chance.random(len(stretch)))].tolist()
 
 
 class Once(DistributedSampler):
@@ -155,6 +230,13 @@ class Once(DistributedSampler):
 
     def __len__(self) -> int:
         return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def opened(root: str, *, directory: str, labelled: bool = True) -> Source:
+    """Return what lies in shards, or anywhere else."""
+    if holds_shards(root):
+        return open_shards(root, labelled=labelled)
+    return open_source(root, directory=directory, labelled=labelled)
 
 
 class Images(pl.LightningDataModule):
@@ -174,8 +256,8 @@ class Images(pl.LightningDataModule):
     they are (images, names).
 
     Args:
-        root: A folder, an archive, or the name of a known set: digits (scikit-learn's, always there), MNIST,
-            FashionMNIST, KMNIST, CIFAR10, CIFAR100 or ImageNet.
+        root: A folder, an archive, a folder of shards or its URL, or the name of a known set: digits (scikit-learn's,
+            always there), MNIST, FashionMNIST, KMNIST, CIFAR10, CIFAR100 or ImageNet.
         directory: Where a known set lies or is downloaded to.
         download: Whether to download a known set that is not there.
         predict_root: A folder, archive or known set to predict, labelled or not; left out, the test split.
@@ -195,6 +277,7 @@ class Images(pl.LightningDataModule):
         pin_memory: Whether batches are put where a GPU fetches them faster; left out, where there is a GPU.
         strict: Whether an unreadable image is an error. Otherwise it is named, skipped and counted.
         seed: Where the random numbers start: which images are held out or drawn, their order, their augmentation.
+        buffer: Of shards: among how many images, that lie one after another, the order is drawn.
 
     Raises:
         ValueError: If a value is out of its range; as its subclass ``DataError`` if something is wrong with the data.
@@ -238,6 +321,7 @@ class Images(pl.LightningDataModule):
         pin_memory: bool | None = None,
         strict: bool = False,
         seed: int = 0,
+        buffer: int = BUFFER,
     ):
         super().__init__()
         for name, count in (("train_per_class", train_per_class), ("val_per_class", val_per_class)):
@@ -251,6 +335,8 @@ class Images(pl.LightningDataModule):
             raise ValueError(f"workers must not be negative, got {workers}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
+        if buffer < 1:
+            raise ValueError(f"buffer must be at least 1, got {buffer}")
         self.root = root
         self.directory = directory
         self.download = download
@@ -267,6 +353,7 @@ class Images(pl.LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.strict = strict
         self.seed = seed
+        self.buffer = buffer
         self.splits: dict[str, Split] = {}
 
     @property
@@ -300,12 +387,12 @@ class Images(pl.LightningDataModule):
             elif self.augment and self.augment.flip is None:
                 self.augment = replace(self.augment, flip=source.augment.flip)
         if self.predict_root and "predict" not in self.splits:
-            found = open_source(self.predict_root, directory=self.directory, labelled=False).splits
+            found = opened(self.predict_root, directory=self.directory, labelled=False).splits
             self.splits["predict"] = next(found[name] for name in ("predict", "test", "train") if name in found)
 
     def source(self) -> Source:
         """Return what lies there."""
-        return open_source(self.root, directory=self.directory)
+        return opened(self.root, directory=self.directory)
 
     def divided(self, splits: dict[str, Split]) -> dict[str, Split]:
         """Return the splits, something held out, and no more of each class than was asked for."""
@@ -375,7 +462,8 @@ class Images(pl.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         samples = self.samples("train", train=True)
-        return self.loader(samples, Shuffled(samples, seed=self.seed, **self.processes()))
+        options: dict[str, Any] = {"shards": samples.shards, "buffer": self.buffer, "seed": self.seed}
+        return self.loader(samples, Shuffled(samples, **options, **self.processes()))
 
     def val_dataloader(self) -> Loader:
         samples = self.samples("val", "test")

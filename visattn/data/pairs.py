@@ -37,6 +37,10 @@ class PairSamples(Samples):
         same = (first.target == second.target).float()
         return Sample(torch.stack((first.image, second.image)), same, unreadable)
 
+    @property
+    def shards(self) -> None:
+        """None: the two images of a pair lie in any shards."""
+
     @cached_property
     def groups(self) -> list[tuple[int, int, int]]:
         """Of every class: which it is, how many pairs it makes with itself, how many images are left for others."""

@@ -3,11 +3,12 @@
 import inspect
 import math
 import os
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -28,6 +30,8 @@ from visattn.checkpoint import describe
 from visattn.data.transforms import Preprocess
 from visattn.surgery import insertions
 from visattn.tasks.run import RunError
+
+PART = 1_000_000  # parameters, fewer of which are not worth a message of their own
 
 
 class Task(pl.LightningModule):
@@ -53,6 +57,11 @@ class Task(pl.LightningModule):
     """Arguments that are classes, and where a checkpoint may take them from."""
 
     model: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "configure_model" in vars(cls):
+            cls.configure_model = sharding(cls.configure_model)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -100,14 +109,21 @@ class Task(pl.LightningModule):
             torch.set_flush_denormal(False)
 
     def on_train_start(self) -> None:
-        if self.current_epoch:  # workers began with the first batches before it was known which epoch is resumed
-            loop: Any = self.trainer.fit_loop
+        loop: Any = self.trainer.fit_loop
+        states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+        if states or self.current_epoch:  # workers began before it was known what is resumed: the schedule counts steps
+            loop._combined_loader._load_state_dicts(states)
             for loader in loop._combined_loader.flattened:
                 if hasattr(getattr(loader, "sampler", None), "set_epoch"):
                     loader.sampler.set_epoch(self.current_epoch)
             iter(loop._data_fetcher)
+        self.anneal()  # which epoch it is within, a resumed run is told by nobody else
 
     def on_train_epoch_start(self) -> None:
+        self.anneal()
+
+    def anneal(self) -> None:
+        """Bring modules that change with time to where they are in this epoch."""
         epochs = self.trainer.max_epochs or -1  # -1 where steps are counted
         for module in self.model.modules():
             if hasattr(module, "anneal"):  # over the first 10 epochs, or half of a shorter run
@@ -118,6 +134,7 @@ class Task(pl.LightningModule):
             place = (int(seed), self.current_epoch, batch_idx, self.global_rank)
             drawn = [int(number) for number in np.random.SeedSequence(place).generate_state(2)]
             torch.manual_seed(drawn[0])
+            random.seed(drawn[0])
             np.random.seed(drawn[1])  # noqa: NPY002 - what timm's Mixup draws from
 
     @cached_property
@@ -225,6 +242,29 @@ class Task(pl.LightningModule):
             self.preprocess = Preprocess(**block["transform"])
         if loop := checkpoint.get("loops", {}).get("fit_loop"):
             _to_next_epoch(loop)
+            for loader in loop["state_dict"].get("combined_loader", []):  # a batch given may not have been trained on
+                loader["batches"] = loop["epoch_loop.batch_progress"]["current"]["processed"]
+
+
+def sharding(configure: Callable[..., None]) -> Callable[..., None]:
+    """Have the network that a task builds divided among devices, where Lightning's ``ModelParallelStrategy`` is."""
+
+    @wraps(configure)
+    def configured(task: Any) -> None:
+        configure(task)
+        if task.device_mesh is not None and not isinstance(task.model, FSDPModule):
+            task.model.to(task.trainer.strategy.root_device)
+            for part in parts(task.model):
+                fully_shard(part, mesh=task.device_mesh["data_parallel"])
+
+    return configured
+
+
+def parts(network: nn.Module) -> list[nn.Module]:
+    """Return what FSDP2 gathers at once, inner parts first: large steps of sequences, and the network with the rest."""
+    steps = [step for sequence in network.modules() if isinstance(sequence, nn.Sequential) for step in sequence]
+    large = [step for step in dict.fromkeys(steps) if sum(p.numel() for p in step.parameters()) >= PART]
+    return [*reversed(large), network]
 
 
 def known_to_timm(backbone: str) -> None:

@@ -78,6 +78,8 @@ class Classification(Recognition):
             that of the rest.
         penalty_factor: Weight in the loss of the penalties that modules put on their weights.
         channels_last: Whether feature maps lie in memory with the channels last: faster on most GPUs.
+        grad_checkpointing: Whether the backbone keeps only some feature maps of a step, and makes the others again on
+            the way back: far less memory, a third more time.
         compile: Whether to compile the network by ``torch.compile``.
 
     Raises:
@@ -113,6 +115,7 @@ class Classification(Recognition):
         attention_lr_factor: float = 1.0,
         penalty_factor: float = 1.0,
         channels_last: bool = False,
+        grad_checkpointing: bool = False,
         compile: bool = False,
     ):
         super().__init__(optimizer, schedule, pretrained)
@@ -182,6 +185,8 @@ class Classification(Recognition):
             for module in self._trained():
                 module.requires_grad_(True)
             self.train(self.training)
+        if h["grad_checkpointing"]:
+            remake_maps(model)
         if h["compile"]:
             model.compile()
         mixes = h["mixup"] > 0 or h["cutmix"] > 0
@@ -306,6 +311,15 @@ class Classification(Recognition):
         task = "multi-label classification" if self.hparams["multi_label"] else "classification"
         args = self.hparams["backbone_args"] if self.network is None else None
         return {"labels": self.labels, "transform": self.preprocess, "task": task, "model_args": args}
+
+
+def remake_maps(model: Any) -> None:
+    """Have a backbone keep only some feature maps of a step."""
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError) as error:
+        kind = type(model).__name__
+        raise ValueError(f"grad_checkpointing must be false for {kind}, which cannot do it, got true") from error
 
 
 def _made_for(model: Any) -> tuple[int, int, int] | None:

@@ -17,11 +17,14 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from visattn import attention, models, tasks
 from visattn.data.transforms import Preprocess
 from visattn.models.network import Classifier
 from visattn.tasks import Task
+from visattn.tasks.preemption import Preemption
+from visattn.tasks.provenance import Provenance, requeued
 from visattn.tasks.run import (
     CHECKPOINTS,
     Best,
@@ -29,10 +32,12 @@ from visattn.tasks.run import (
     Log,
     Outcome,
     Predictions,
+    Recent,
     TimmSyncBatchNorm,
     WholeFiles,
     newest_checkpoint,
 )
+from visattn.tasks.waiting import Waiting
 
 DEFAULT = "Classification"
 EXPECTED = (  # warnings of Lightning about what is meant to be so
@@ -57,7 +62,8 @@ class CommandLine(LightningCLI):
     """Lightning's command line for a task: the one that ``task`` names in the configuration or behind it.
 
     Each training has a folder, ``version_<n>`` in ``trainer.default_root_dir``, with ``config.yaml`` (resolved),
-    ``metrics.csv``, ``checkpoints/`` and ``model/``. Resuming goes on in it, and what a test finds goes there too.
+    ``environment.yaml``, ``metrics.csv``, events for TensorBoard, ``checkpoints/`` and ``model/``. Resuming goes on in
+    it, and what a test finds goes there too. A job that SLURM starts again resumes by itself.
     """
 
     def __init__(self, args: list[str]):
@@ -81,6 +87,10 @@ class CommandLine(LightningCLI):
         parser.add_argument("--task", default=DEFAULT, help=f"{', '.join(known_tasks())}, or the path of a class")
         kinds = ", ".join(each.__name__ for each in self.task.data)
         parser.add_argument("--datamodule", default=self.task.data[0].__name__, help=f"{kinds}, or the path of a class")
+        minutes = "also save the state of the training so often; left out, at the end of epochs"
+        parser.add_argument("--save_minutes", type=float | None, default=None, help=minutes)
+        disk = "GiB that the checkpoints of a run may take; beyond, the oldest are removed"
+        parser.add_argument("--disk", type=float | None, default=None, help=disk)
         parser.add_lightning_class_args(Best, "checkpoint")
         defaults = {"filename": "best", "monitor": self.task.monitor, "mode": "max", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
@@ -90,8 +100,11 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the options in the checkpoint overrule those that are given
-        config = self.config[self.config["subcommand"]]
-        self.ckpt_path = find_checkpoint(config.pop("ckpt_path", None), Path(config["trainer"]["default_root_dir"]))
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        given, root = config.pop("ckpt_path", None), Path(config["trainer"]["default_root_dir"])
+        again = requeued(root) if given is None and subcommand == "fit" else None
+        self.ckpt_path = again or find_checkpoint(given, root)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -112,22 +125,33 @@ class CommandLine(LightningCLI):
             self.datamodule.preprocess = expected
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        config = self.config_init[self.subcommand]["trainer"]
+        options = self.config_init[self.subcommand]
+        config = options["trainer"]
         root, version = run_of(self.ckpt_path) or (Path(config["default_root_dir"]), None)
-        if config["logger"] in (None, True):
-            kwargs["logger"] = Log(root, name="", version=version) if self.subcommand == "fit" else False
+        given = config["logger"]
+        if self.subcommand == "fit" and given is not False:
+            log = Log(root, name="", version=version)
+            board = TensorBoardLogger(root, name="", version=log.version, default_hp_metric=False)
+            more = [] if given in (None, True) else given if isinstance(given, list) else [given]
+            kwargs["logger"] = [log, board, *more]
+        elif given in (None, True):
+            kwargs["logger"] = False
         if self.subcommand != "fit" and version is not None:
             kwargs["default_root_dir"] = root / f"version_{version}"
         plugins = config["plugins"] or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles(options["disk"])]
         if config["sync_batchnorm"]:
             kwargs["sync_batchnorm"] = False
             plugins.append(TimmSyncBatchNorm())
         callbacks = config["callbacks"] or []
         callbacks = [
             *(callbacks if isinstance(callbacks, list) else [callbacks]),
+            *([Recent(options["save_minutes"])] if options["save_minutes"] is not None else []),
             Last(),
             Outcome(program(), self.args),
+            Preemption(),
+            Provenance([*program().split(), *self.args]),
+            Waiting(),
         ]
         callbacks += [Predictions()] if self.subcommand == "predict" else []
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

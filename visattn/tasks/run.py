@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,40 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.layer_sync import LayerSync
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from visattn.checkpoint import save
+from visattn.checkpoint import load, save
 from visattn.surgery import restore
 
-CHECKPOINTS, LAST, BEST, INTERRUPTED = "checkpoints", "last.ckpt", "best.ckpt", "interrupted.ckpt"
+CHECKPOINTS, LAST, BEST = "checkpoints", "last.ckpt", "best.ckpt"
+RECENT, INTERRUPTED = "recent.ckpt", "interrupted.ckpt"
 
 
 class RunError(RuntimeError):
     """A run cannot go on; the message says in one line why, and what is left."""
 
 
+class Preempted(SIGTERMException):
+    """All processes end a training after the same step, because one of them was told to."""
+
+
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints under another name and renames them when they are whole, in the same folder."""
+    """Writes checkpoints under another name and renames them when they are whole, in the same folder.
+
+    Args:
+        disk: GiB that the checkpoints of a run may take; left out, any number. Beyond, the oldest are removed, but
+            neither the best nor those from which a run goes on: where these alone take more, it ends.
+
+    Raises:
+        ValueError: If ``disk`` is not positive.
+    """
+
+    def __init__(self, disk: float | None = None):
+        if disk is not None and disk <= 0:
+            raise ValueError(f"disk must be positive, got {disk}")
+        super().__init__()
+        self.disk = disk
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
@@ -46,6 +67,7 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            self.make_room(path, part.stat().st_size)
             part.replace(path)
         except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__ or error
@@ -54,6 +76,25 @@ class WholeFiles(TorchCheckpointIO):
         finally:
             with suppress(OSError):
                 part.unlink()
+
+    def make_room(self, path: Path, size: int) -> None:
+        """Remove the oldest checkpoints beside ``path`` until one of so many bytes fits, or say that it cannot."""
+        others = [f for f in path.parent.glob("*.ckpt") if f != path and not f.is_symlink()]
+        taken = {file: file.stat() for file in others}
+        over = size + sum(stat.st_size for stat in taken.values()) - (self.disk or float("inf")) * 2**30
+        kept = [path.with_name(name).resolve() for name in (BEST, LAST, RECENT, INTERRUPTED)]
+        removed = []
+        for file in sorted(others, key=lambda file: taken[file].st_mtime):
+            if over > 0 and file.resolve() not in kept:
+                removed.append(file)
+                over -= taken[file].st_size
+        if over > 0:
+            raise RunError(
+                f"checkpoint {path} would take {over / 2**30:.3g} GiB more than disk={self.disk} leaves beside the "
+                f"best and those from which the run goes on"
+            )
+        for file in removed:
+            file.unlink()
 
 
 class TimmSyncBatchNorm(LayerSync):
@@ -85,11 +126,28 @@ class Log(CSVLogger):
 
 
 class Best(ModelCheckpoint):
-    """Keeps the best state, by default of top-1, or of the mean precision where an image has many labels."""
+    """Keeps the best state, by default of top-1, or of the mean precision where an image has many labels.
+
+    Where several are kept, they are named by epoch and step, and the best of them is linked by the usual name.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.save_top_k not in (0, 1) and self.filename == Path(BEST).stem:
+            self.filename, self.auto_insert_metric_name = f"{self.filename}-{{epoch:03d}}-{{step}}", False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor == "val/top1" and pl_module.hparams.get("multi_label"):
             self.monitor = "val/mAP"
+
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        best = Path(self.best_model_path)
+        if best.name.startswith(f"{Path(BEST).stem}-") and trainer.is_global_zero:
+            link = best.with_name(f".{BEST}.link")
+            link.unlink(missing_ok=True)
+            link.symlink_to(best.name)
+            link.replace(best.with_name(BEST))
 
 
 class Last(ModelCheckpoint):
@@ -97,6 +155,23 @@ class Last(ModelCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(filename=Path(LAST).stem, save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+class Recent(ModelCheckpoint):
+    """Keeps the state of some minutes ago, for epochs that take hours.
+
+    Args:
+        minutes: How often, by a clock that nobody sets.
+
+    Raises:
+        ValueError: If ``minutes`` is not positive.
+    """
+
+    def __init__(self, minutes: float):
+        if minutes <= 0:
+            raise ValueError(f"save_minutes must be positive, got {minutes}")
+        interval = timedelta(minutes=minutes)
+        super().__init__(filename=Path(RECENT).stem, train_time_interval=interval, enable_version_counter=False)
 
 
 class Outcome(Callback):
@@ -119,16 +194,23 @@ class Outcome(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._leave(trainer, pl_module, "finished")
             print(f"the model is in {folder(trainer) / 'model'}")
-            Path(folder(trainer), CHECKPOINTS, INTERRUPTED).unlink(missing_ok=True)
+            for name in (RECENT, INTERRUPTED):
+                Path(folder(trainer), CHECKPOINTS, name).unlink(missing_ok=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         began = trainer.state.fn == "fit" and trainer.global_step and not trainer.fast_dev_run
-        if not began or not trainer.is_global_zero:
+        together = isinstance(exception, Preempted)  # all processes are here, after the same step
+        if not began or not (trainer.is_global_zero or together):
+            return
+        alone = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if together and not alone:
+            self._save_state(trainer, pl_module)
+        if not trainer.is_global_zero:
             return
         interrupted = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
         print(f"stopped at step {trainer.global_step} (epoch {trainer.current_epoch})", file=sys.stderr)
         with suppress(OSError, RuntimeError, ValueError):  # what ended the run is what is to be seen
-            if interrupted and isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            if interrupted and alone:
                 self._save_state(trainer, pl_module)
             self._leave(trainer, pl_module, f"interrupted in epoch {trainer.current_epoch}")
         newest = newest_checkpoint(folder(trainer) / CHECKPOINTS, "last")
@@ -155,9 +237,12 @@ class Outcome(Callback):
         if file is None:
             return
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        network: Any = copy.deepcopy(pl_module.model).cpu()
-        weights = checkpoint["state_dict"].items()
-        network.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
+        if isinstance(pl_module.model, FSDPModule):  # which cannot be copied
+            network: Any = load(file)
+        else:
+            network = copy.deepcopy(pl_module.model).cpu()
+            weights = checkpoint["state_dict"].items()
+            network.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
         save(
             network,
             folder(trainer) / "model",
@@ -244,6 +329,6 @@ def folder(trainer: pl.Trainer) -> Path:
 
 def newest_checkpoint(at: Path, which: str) -> Path | None:
     """Find the ``"best"`` or the ``"last"`` checkpoint in a folder of checkpoints."""
-    names = {"best": [BEST], "last": [LAST, INTERRUPTED]}[which]
+    names = {"best": [BEST], "last": [LAST, RECENT, INTERRUPTED]}[which]
     files = [at / name for name in names if (at / name).is_file()]
     return max(files, key=lambda file: file.stat().st_mtime, default=None)
