@@ -131,8 +131,8 @@ def test_batches_follow_from_the_seed_whatever_the_workers(file, photos, pool):
     for number in (0, 1):  # the workers persist
         one, two, three = (epoch(loader, number) for loader in loaders)
         for a, b in zip(one, two, strict=True):
-            assert all(map(torch.equal, a, b))
-        assert not all(map(torch.equal, one[0], three[0]))
+            assert all(map(torch.equal, a[:4], b[:4]))
+        assert not all(map(torch.equal, one[0][:4], three[0][:4]))
         words.append([batch.words for batch in one])
     assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*words, strict=True))
 

@@ -270,7 +270,7 @@ class DescribedCanvas(Canvas):
         >>> batch.images.shape, batch.words.shape[:2], batch.boxes.shape[3]
         (torch.Size([16, 1, 96, 96]), torch.Size([16, 1]), 4)
         >>> next(iter(data.val_dataloader())).references[0]
-        ['a two above a six']
+        ['a zero above a five left of a four']
     """
 
     vocabulary: Words
@@ -375,7 +375,7 @@ class QuestionedCanvas(DescribedCanvas):
         >>> batch.words.shape[:2], batch.answers.shape, data.labels[7:]
         (torch.Size([16, 4]), torch.Size([16, 4]), ['seven', 'eight', 'nine', 'nothing'])
         >>> data.vocabulary.decode(next(iter(data.val_dataloader())).words[0, 0].tolist())
-        'what is above the six'
+        'what is left of the eight'
     """
 
     kind = QuestionedCanvases

@@ -25,7 +25,7 @@ class AtOnce(TorchFunctionMode):
         steps: How many times a layer is applied, at most; from there on it is counted anew.
 
     Example:
-        >>> layer, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
+        >>> layer, x = torch.nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
         >>> with AtOnce(4):
         ...     for _ in range(4):
         ...         x = layer(x)
