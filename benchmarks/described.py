@@ -8,14 +8,12 @@ additive attention in every decoder that takes it, and a decoder without attenti
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.cells import Cell, shown, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "caption_quickstart.yaml"
 METRICS = ("test/exact", "test/grounded", "test_more/exact", "test_more/grounded")
@@ -61,14 +59,6 @@ DECODERS: dict[str, tuple[Named, Named | None]] = {
 }
 
 
-@dataclass
-class Cell:
-    """One training: its name, and what it adds to the configuration."""
-
-    name: str
-    options: list[str]
-
-
 def cell(row: str, seed: int, further: list[str]) -> Cell:
     """Return a cell of the table."""
     decoder, attention = DECODERS.get(row) or (("ShowAttendAndTell", SIZES | {"first": "begin"}), ATTENTION[row])
@@ -83,25 +73,13 @@ def written(named: Named) -> str:
     return json.dumps({"class_path": named[0], "init_args": named[1]})
 
 
-def train(cell: Cell, runs: Path) -> dict[str, float]:
-    """Train a cell, unless that was done before, and return what it reaches on the test digits."""
-    root = runs / cell.name
-    result = root / "result.json"
-    if not result.exists():
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        root.mkdir(parents=True, exist_ok=True)
-        began = any(root.glob("version_0/checkpoints/last.ckpt"))
-        common = ["--config", str(CONFIG), "--trainer.default_root_dir", str(root), *cell.options]
-        common += ["--trainer.enable_progress_bar", "false"]
-        fit = [sys.executable, "-m", "visattn", "fit", *common, *(["--ckpt_path", "last"] if began else [])]
-        fit += ["--trainer.limit_val_batches", "0"]
-        test = [sys.executable, "-m", "benchmarks.described", "--test", str(root), *common, "--ckpt_path", "last"]
-        with (root / "log.txt").open("a") as log:
-            for command in (fit, test):
-                subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
-    found = json.loads(result.read_text())
-    print(cell.name, found, flush=True)
-    return found
+def commands(cell: Cell, root: Path, again: list[str]) -> list[list[str]]:
+    """Return what trains a cell, and then writes what it reaches on the test digits."""
+    common = ["--config", str(CONFIG), "--trainer.default_root_dir", str(root), *cell.options]
+    common += ["--trainer.enable_progress_bar", "false"]
+    fit = [sys.executable, "-m", "visattn", "fit", *common, *again, "--trainer.limit_val_batches", "0"]
+    test = [sys.executable, "-m", "benchmarks.described", "--test", str(root), *common, "--ckpt_path", "last"]
+    return [fit, test]
 
 
 def test(root: Path, args: list[str]) -> None:
@@ -111,14 +89,6 @@ def test(root: Path, args: list[str]) -> None:
     metrics = CommandLine(["test", *args]).trainer.callback_metrics
     found = {name: float(metrics[name]) for name in METRICS if name in metrics}
     (root / "result.json").write_text(json.dumps(found))
-
-
-def shown(values: list[float]) -> str:
-    """Return a share in percent, with its spread over seeds."""
-    if not values:
-        return "–"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
 def main() -> None:
@@ -134,13 +104,13 @@ def main() -> None:
     args = parser.parse_args()
     cells = [cell(row, seed, args.options) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda one: train(one, args.runs), cells))
+        results = list(pool.map(lambda one: train(one, args.runs, commands), cells))
     print(
         "\n| | exact, % | grounded, % | exact, more digits, % | grounded, more digits, % |\n|---|---:|---:|---:|---:|"
     )
     for k, row in enumerate(args.rows):
         several = results[k :: len(args.rows)]
-        columns = (shown([found[name] for found in several if name in found]) for name in METRICS)
+        columns = (shown([100 * found[name] for found in several if name in found], 1) for name in METRICS)
         print(f"| {row} | {' | '.join(columns)} |")
 
 

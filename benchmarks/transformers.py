@@ -7,14 +7,13 @@ column have about 400,000 parameters, so the classifiers behind a transformer ar
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+from benchmarks.cells import Cell, shown, train
 
 BUDGET = 400_000
 COLUMNS = {  # the preset, pixels a side, and what is averaged behind a transformer
@@ -31,14 +30,6 @@ ROWS = {
     "thin plate": "ThinPlateTransformer",
 }
 CONFIG = Path(__file__).parents[1] / "configs" / "transform_mnist.yaml"
-
-
-@dataclass
-class Cell:
-    """One training: its name, and what it adds to the configuration."""
-
-    name: str
-    options: list[str] = field(default_factory=list)
 
 
 def filters(size: int, row: str, pool: int) -> list[int]:
@@ -91,25 +82,14 @@ def plates() -> Iterator[Cell]:
                 yield Cell(f"plate-{angle}-{points}-{kind}", [*rotated, *options])
 
 
-def train(cell: Cell, runs: Path, directory: str) -> dict[str, float]:
-    """Train a cell, unless that was done before, and return its error in percent, parameters and minutes."""
-    root = runs / cell.name
-    result = root / "result.json"
-    if not result.exists():
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        root.mkdir(parents=True, exist_ok=True)
-        began = any(root.glob("version_0/checkpoints/last.ckpt"))
-        fit = [sys.executable, "-m", "visattn", "fit", "--config", str(CONFIG), "--data.directory", directory]
-        fit += ["--data.download", "false", "--trainer.default_root_dir", str(root), *cell.options]
-        fit += ["--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
-        fit += ["--trainer.log_every_n_steps", "100", *(["--ckpt_path", "last"] if began else [])]
-        evaluate = [sys.executable, "-m", "benchmarks.transformers", "--evaluate", str(root), "--directory", directory]
-        with (root / "log.txt").open("a") as log:
-            for command in (fit, evaluate):
-                subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
-    found = json.loads(result.read_text())
-    print(cell.name, found, flush=True)
-    return found
+def commands(cell: Cell, root: Path, again: list[str], directory: str) -> list[list[str]]:
+    """Return what trains a cell, and then writes its error in percent and its parameters."""
+    fit = [sys.executable, "-m", "visattn", "fit", "--config", str(CONFIG), "--data.directory", directory]
+    fit += ["--data.download", "false", "--trainer.default_root_dir", str(root), *cell.options]
+    fit += ["--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
+    fit += ["--trainer.log_every_n_steps", "100", *again]
+    evaluate = [sys.executable, "-m", "benchmarks.transformers", "--evaluate", str(root), "--directory", directory]
+    return [fit, evaluate]
 
 
 def evaluate(root: Path, directory: str) -> None:
@@ -134,13 +114,6 @@ def evaluate(root: Path, directory: str) -> None:
     (root / "result.json").write_text(json.dumps({"error": 100 * wrong / total, "parameters": parameters}))
 
 
-def shown(errors: list[float]) -> str:
-    if not errors:
-        return "–"
-    spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-    return f"{statistics.mean(errors):.2f}{spread}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", default="data", help="where MNIST lies")
@@ -163,11 +136,11 @@ def main() -> None:
     cells = [several[k] for k in range(len(args.seeds)) for several in table.values()]
     cells += plates() if args.plates else []
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda one: train(one, args.runs, args.directory), cells))
+        results = list(pool.map(lambda one: train(one, args.runs, partial(commands, directory=args.directory)), cells))
     errors = {one.name: result["error"] for one, result in zip(cells, results, strict=True)}
     print(f"\n| error % | {' | '.join(args.columns)} |\n|---|{'---:|' * len(args.columns)}")
     for row in ROWS:
-        columns = (shown([errors[one.name] for one in table[column, row]]) for column in args.columns)
+        columns = (shown([errors[one.name] for one in table[column, row]], 2) for column in args.columns)
         print(f"| {row} | {' | '.join(columns)} |")
     for name in (one.name for one in cells if one.name.startswith("plate")):
         print(f"{name}: {errors[name]:.2f}")

@@ -268,9 +268,13 @@ class Captioning(Task):
             yield each
             yield each.attention
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return maps of the backbone, of images or of what was made of them before."""
+        return images if self.cached else self.model.features(images)
+
     def ready(self, images: Tensor) -> Any:
         """Return what the decoder looks at, of images or of their maps."""
-        return self.model.ready(images) if self.cached else self.model.prepare(images)
+        return self.model.ready(self.features(images))
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
@@ -280,14 +284,14 @@ class Captioning(Task):
             self.scorer = CiderD(data.references("train"), end=self.model.end)
 
     def training_loss(self, batch: CaptionBatch) -> Tensor:
-        features = batch.images if self.cached else self.model.features(batch.images)
-        prepared = self.model.ready(features)
+        memory, size = self.model.regions(self.features(batch.images))
+        prepared = self.model.decoder.prepare(memory, None, size)
         if self.hparams["learning"] == "self_critical":
             return self.critical_loss(prepared, batch)
         words = self.read_words(prepared, batch.words[:, :, :-1])
         there = torch.arange(batch.words.shape[2], device=self.device) < batch.lengths[..., None]
         if self.hparams["learning"] == "wake_sleep":
-            return self.wake_sleep_loss(prepared, features, batch, words, there)
+            return self.wake_sleep_loss(prepared, memory, batch, words, there)
         said = self.model.decoder(prepared, words, batch.lengths)
         nats = self.nats(said, batch.words, there, self.hparams["label_smoothing"])
         loss = nats.sum() / self.shared(there.sum())
@@ -357,15 +361,14 @@ class Captioning(Task):
     def wake_sleep_loss(
         self,
         prepared: Any,
-        features: Float[Tensor, "b e rows columns"],
+        memory: Float[Tensor, "b l d"],
         batch: CaptionBatch,
         words: Int[Tensor, "b r t"],
         there: Bool[Tensor, "b r s"],
     ) -> Tensor:
         """Return the loss of captions read from proposed regions, by how well these go with words and attention."""
         samples = self.hparams["samples"]
-        memory = self.model.regions(features).memory.detach()
-        proposed = self.proposal(memory, batch.words, batch.lengths)
+        proposed = self.proposal(memory.detach(), batch.words, batch.lengths)
         drawn = draw(proposed.detach().unsqueeze(2).expand(-1, -1, samples, -1, -1))
         known = proposed.gather(-1, drawn.movedim(2, -1)).movedim(-1, 2)
         known = (known * there[:, :, None]).sum(-1)
@@ -455,7 +458,7 @@ class Captioning(Task):
 
     def hear(self, batch: ReferenceBatch, stage: str) -> None:
         """Note what is said about images, and where their references were read."""
-        features = batch.images if self.cached else self.model.features(batch.images)
+        features = self.features(batch.images)
         prepared = self.model.ready(features)
         pointed: list[Any] = [None] * len(batch.names)
         if batch.words is not None and batch.boxes is not None:
