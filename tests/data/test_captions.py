@@ -137,6 +137,17 @@ def test_batches_follow_from_the_seed_whatever_the_workers(file, photos, pool):
     assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*words, strict=True))
 
 
+def test_a_device_changes_colours_where_that_is_asked_for(file, photos):
+    still = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.0)
+    data = made(file, photos, augment=still, augment_on="device")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.pixels.dtype == torch.uint8
+    finished = data.on_after_batch_transfer(batch, 0)
+    expected = next(iter(made(file, photos, augment=still).train_dataloader()))
+    assert shown(finished.images) == shown(expected.images)
+    assert finished.words is batch.words
+
+
 @pytest.mark.parametrize(("several", "epochs"), [(1, 7), (3, 3), (5, 2), (7, 1), (20, 1)])
 def test_every_caption_is_seen_and_none_waits_for_long(tmp_path, photos, several, epochs):
     numbers = ("one", "two", "three", "four", "five", "six", "seven")

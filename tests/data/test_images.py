@@ -101,6 +101,20 @@ def test_held_out_is_a_share_of_each_class_and_disjoint():
     assert np.abs(share - 0.25).max() < 0.005
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
+def test_a_device_finishes_training_images_where_that_is_asked_for(photos):
+    """Of one grey each, without chance: their values are what they are. Evaluation is that of workers."""
+    still = Augment(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip=0.0, jitter=0.0)
+    data = made(photos, augment=still, augment_on="device", batch_size=3)
+    first, targets = next(iter(data.train_dataloader()))
+    assert (first.pixels.dtype, first.pixels.shape, targets.shape) == (torch.uint8, (3, 1, 8, 8), (3,))
+    device, workers = Watcher(), Watcher()
+    trainer(max_epochs=2).fit(device, datamodule=data)
+    trainer(max_epochs=2).fit(workers, datamodule=made(photos, augment=still, batch_size=3))
+    assert device.seen == workers.seen
+    assert len(device.seen["train"][0]) == 12
+
+
 def test_so_many_of_each_class_are_drawn(photos):
     data = made(photos, train_per_class=5, val_per_class=2)
     assert np.bincount(data.splits["train"].targets).tolist() == [5, 5]
@@ -278,6 +292,11 @@ def test_a_split_that_is_not_there_is_named(tmp_path):
 def test_images_refuse(option, message):
     with pytest.raises(ValueError, match=message):
         Images(**option)
+
+
+def test_refuses_to_augment_elsewhere(unchecked):
+    with pytest.raises(ValueError, match="augment_on must be workers or device, got 'gpu'"):
+        Images(augment_on="gpu")
 
 
 def test_download_happens_only_when_asked(monkeypatch):

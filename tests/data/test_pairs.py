@@ -135,6 +135,18 @@ def test_training_draws_new_pairs_each_epoch_and_evaluation_never(tmp_path):
     assert values(data.test_dataloader()) == values(made(tmp_path / "x").test_dataloader())
 
 
+def test_a_device_finishes_both_images(tmp_path):
+    data = made(
+        folder(tmp_path / "x", {"train/a": 6, "train/b": 6, "val/a": 4, "val/b": 4}), augment_on="device", augment=True
+    )
+    images, same = next(iter(data.train_dataloader()))
+    finished, targets = data.on_after_batch_transfer([images, same], 0)
+    assert images.pixels.shape == finished.shape
+    assert finished.shape[:2] == (len(same), 2)
+    assert finished.dtype == torch.float32
+    assert targets is same
+
+
 def test_batches_do_not_depend_on_workers():
     batches = [next(iter(made("digits", workers=w, augment=True).train_dataloader())) for w in (0, 2)]
     assert batches[0][0].shape == (4, 2, 1, 8, 8)

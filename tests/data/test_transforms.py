@@ -8,8 +8,10 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torch.utils.data import default_collate
+from torchvision.transforms.v2 import functional
 
-from visattn.data.transforms import Augment, Augmentation, Preprocess, as_seen
+from visattn.data.transforms import Augment, Augmentation, DeviceAugmentation, Preprocess, Unfinished, as_seen
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RGB = Preprocess((3, 24, 32), MEAN, STD)
@@ -142,6 +144,47 @@ def test_grey_images_are_augmented_in_one_channel():
     x = turn(photo(), (0,))
     assert x.shape == (1, 16, 12)
     assert -1 <= x.min() < x.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_device_finishes_each_image_of_a_batch_as_torchvision_does(channels):
+    preprocess = Preprocess((channels, 20, 24), MEAN[:channels], STD[:channels])
+    turn = DeviceAugmentation(Augment(erase=0.5), preprocess)
+    batch = default_collate([turn(photo(), (0, 0, k)) for k in range(16)])
+    assert isinstance(batch, Unfinished)
+    assert batch.pixels.dtype == torch.uint8
+    found = turn.finish(batch)
+    mean, std = (torch.tensor(values)[:channels, None, None] for values in (MEAN, STD))
+    for x, chance, y in zip(batch.pixels / 255, batch.chance, found, strict=True):
+        x = functional.hflip(x) if chance[0] else x
+        x = functional.adjust_contrast(functional.adjust_brightness(x, float(chance[1])), float(chance[2]))
+        x = (functional.adjust_saturation(x, float(chance[3])) - mean) / std
+        top, left, bottom, right = chance[4:].int().tolist()
+        x[:, top:bottom, left:right] = 0
+        torch.testing.assert_close(y, x, rtol=0, atol=2e-3)  # torchvision has rounded weights of the colours in grey
+    flips, erased = batch.chance[:, 0], batch.chance[:, 6] > 0
+    assert 0 < flips.mean() < 1
+    assert 0 < erased.float().mean() < 1
+    assert (batch.chance[:, 1:4] - 1).abs().max() <= 0.4
+    assert len(batch.chance[:, 1:4].unique()) == 48
+    assert (batch.chance[:, 6:] <= torch.tensor([20, 24])).all()
+
+
+def test_a_device_augmentation_follows_from_its_seed_alone():
+    turn = DeviceAugmentation(Augment(erase=0.5), RGB)
+    one, again, other = (turn(photo(), seed) for seed in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
+    assert all(map(torch.equal, one, again))
+    assert not torch.equal(one.chance, other.chance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(turn.finish(one), turn.finish(again))
+        assert turn.finish(one).dtype == torch.float32
+
+
+def test_without_chance_a_device_augmentation_is_the_evaluation():
+    none = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0)
+    square = Preprocess((3, 32, 32), MEAN, STD)
+    turn = DeviceAugmentation(none, square)
+    torch.testing.assert_close(turn.finish(turn(photo(32, 32), (0,))), square(photo(32, 32)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from visattn.data.features import Features, digest, fill
-from visattn.data.images import BUFFER, Images, Loader, Once, Sample, Samples, Shuffled
+from visattn.data.images import BUFFER, AugmentOn, Images, Loader, Once, Sample, Samples, Shuffled
 from visattn.data.shards import CAPTIONS, Shards, holds_shards, said
 from visattn.data.sources import ARCHIVES, DAMAGE, IMAGES, SPLITS, DataError, Files, Source, Split, open_files
-from visattn.data.transforms import Augment, Interpolation
+from visattn.data.transforms import Augment, Interpolation, Unfinished
 from visattn.data.vocabulary import Tokenizer, Tokens, Vocabulary, Words
 
 KNOWN = SPLITS | {"dev": "val", "restval": "restval"}
@@ -327,13 +328,13 @@ class CaptionSamples(Samples):
             return super().read(index)
         return self.split.maps[int(self.split.rows[index])]
 
-    def transform(self, image: Any, seed: Sequence[int]) -> Tensor:
+    def transform(self, image: Any, seed: Sequence[int]) -> Tensor | Unfinished:
         return image.float() if isinstance(image, Tensor) else super().transform(image, seed)
 
     def batch(self, pairs: list[tuple[Any, Any]]) -> Any:
         if self.names:
             return super().batch(pairs)
-        images = torch.stack([image for image, _ in pairs])
+        images = default_collate([image for image, _ in pairs])
         firsts, seconds = zip(*(target for _, target in pairs), strict=True)
         if not self.train:
             return ReferenceBatch(images, list(firsts), list(seconds))
@@ -422,6 +423,7 @@ class Captions(Images):
         interpolation: How images are resized.
         crop_pct: Share of an image's shortest side that evaluation keeps.
         augment: What chance does to training images; ``true``: crops and colours, but no mirror, ``false``: nothing.
+        augment_on: Whether colours change in the ``"workers"``, or on the ``"device"`` that trains.
         batch_size: Images in a batch, on each device.
         workers: Processes that load images, on each device; left out, one for each core, at most 8.
         pin_memory: Whether batches are put where a GPU fetches them faster; left out, where there is a GPU.
@@ -478,6 +480,7 @@ class Captions(Images):
         interpolation: Interpolation | None = None,
         crop_pct: float | None = None,
         augment: Augment | bool = False,
+        augment_on: AugmentOn = "workers",
         batch_size: int = 32,
         workers: int | None = None,
         pin_memory: bool | None = None,
@@ -495,6 +498,7 @@ class Captions(Images):
             interpolation=interpolation,
             crop_pct=crop_pct,
             augment=augment,
+            augment_on=augment_on,
             val_fraction=val_fraction,
             batch_size=batch_size,
             workers=workers,

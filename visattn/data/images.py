@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,16 +16,26 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from visattn.data.shards import ShardError, Shards, holds_shards, open_shards
 from visattn.data.sources import DataError, Source, Split, download, open_source
-from visattn.data.transforms import Augment, Augmentation, Interpolation, Preprocess, as_seen, spread
+from visattn.data.transforms import (
+    Augment,
+    Augmentation,
+    DeviceAugmentation,
+    Interpolation,
+    Preprocess,
+    Unfinished,
+    as_seen,
+    spread,
+)
 
 ATTEMPTS = 20  # how many images in a row may be unreadable before training gives up
+AugmentOn = Literal["workers", "device"]
 BUFFER = 4096  # images, among which the order of those in shards is drawn
 
 
 class Sample(NamedTuple):
     """An image and what it shows (its class, its labels, or its name), and images that could not be read, with why."""
 
-    image: Tensor | None
+    image: Tensor | Unfinished | None
     target: Any
     unreadable: dict[str, str]
 
@@ -41,7 +51,7 @@ class Samples(Dataset):
         called: What the split is called in messages.
         split: The images.
         preprocess: What evaluation does to an image, and the form in which training leaves it.
-        augment: What chance does in training; None: nothing.
+        augmentation: What chance does in training; None: nothing.
         seed: Where the random numbers start.
         train: Whether unreadable images are replaced.
         strict: Whether an unreadable image is an error.
@@ -54,7 +64,7 @@ class Samples(Dataset):
         split: Split,
         preprocess: Preprocess,
         *,
-        augment: Augment | None = None,
+        augmentation: Augmentation | DeviceAugmentation | None = None,
         seed: int = 0,
         train: bool = False,
         strict: bool = False,
@@ -63,7 +73,7 @@ class Samples(Dataset):
         self.called = called
         self.split = split
         self.preprocess = preprocess
-        self.augmentation = Augmentation(augment, preprocess) if augment else None
+        self.augmentation = augmentation
         self.seed = seed
         self.train = train
         self.strict = strict
@@ -100,7 +110,7 @@ class Samples(Dataset):
         """Return an image as it is before :meth:`transform`."""
         return as_seen(self.split.read(index), self.preprocess.input_size[0])
 
-    def transform(self, image: Any, seed: Sequence[int]) -> Tensor:
+    def transform(self, image: Any, seed: Sequence[int]) -> Tensor | Unfinished:
         return self.augmentation(image, seed) if self.augmentation else self.preprocess(image)
 
     def collate(self, samples: list[Sample]) -> tuple[Any, dict[str, str]]:
@@ -269,6 +279,8 @@ class Images(pl.LightningDataModule):
         crop_pct: Share of an image's shortest side that evaluation keeps.
         augment: What chance does to training images; ``true``: what suits the images (digits are never mirrored),
             ``false``: nothing.
+        augment_on: Where that happens: all of it in the ``"workers"``; or only crops and rotations, and the rest on the
+            ``"device"`` that trains, for the whole batch, where workers are too slow for it.
         val_fraction: Share of each class that is held out where the data come without ``val`` and ``test``.
         train_per_class: Train with only so many images of each class, drawn by the seed.
         val_per_class: Evaluate with only so many images of each class, drawn by the seed.
@@ -313,6 +325,7 @@ class Images(pl.LightningDataModule):
         interpolation: Interpolation | None = None,
         crop_pct: float | None = None,
         augment: Augment | bool = True,
+        augment_on: AugmentOn = "workers",
         val_fraction: float = 0.2,
         train_per_class: int | None = None,
         val_per_class: int | None = None,
@@ -337,6 +350,8 @@ class Images(pl.LightningDataModule):
             raise ValueError(f"seed must not be negative, got {seed}")
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {buffer}")
+        if augment_on not in get_args(AugmentOn):
+            raise ValueError(f"augment_on must be workers or device, got {augment_on!r}")
         self.root = root
         self.directory = directory
         self.download = download
@@ -346,6 +361,7 @@ class Images(pl.LightningDataModule):
         self.size = (size, size) if isinstance(size, int) else size
         self.channels = in_chans
         self.augment = augment
+        self.augment_on = augment_on
         self.val_fraction = val_fraction
         self.per_class = {"train": train_per_class, "val": val_per_class, "test": val_per_class}
         self.batch_size = batch_size
@@ -433,12 +449,26 @@ class Images(pl.LightningDataModule):
             found,
             self.splits[found],
             self.preprocess,
-            augment=self.augment if train and isinstance(self.augment, Augment) else None,
+            augmentation=self.augmentation() if train else None,
             seed=self.seed,
             train=train,
             strict=self.strict,
             names=names,
         )
+
+    def augmentation(self) -> Augmentation | DeviceAugmentation | None:
+        """Return what chance does to a training image, and where."""
+        if not isinstance(self.augment, Augment):
+            return None
+        return (DeviceAugmentation if self.augment_on == "device" else Augmentation)(self.augment, self.preprocess)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if not (isinstance(batch, (list, tuple)) and isinstance(batch[0], Unfinished)):
+            return batch
+        augmentation = self.augmentation()
+        assert isinstance(augmentation, DeviceAugmentation)
+        images = augmentation.finish(batch[0])
+        return batch._replace(images=images) if hasattr(batch, "_replace") else [images, *batch[1:]]
 
     def loader(self, samples: Samples, sampler: DistributedSampler | None) -> Loader:
         workers = self.workers

@@ -3,7 +3,7 @@
 from functools import cached_property
 
 import numpy as np
-import torch
+from torch.utils.data import default_collate
 
 from visattn.data.images import Images, Sample, Samples
 from visattn.data.sources import DataError, Split
@@ -33,9 +33,9 @@ class PairSamples(Samples):
         if first.image is None or second.image is None:
             return Sample(None, None, unreadable)
         if self.names:
-            return Sample(torch.stack((first.image, second.image)), f"{first.target} | {second.target}", unreadable)
+            return Sample(default_collate([first.image, second.image]), f"{first.target} | {second.target}", unreadable)
         same = (first.target == second.target).float()
-        return Sample(torch.stack((first.image, second.image)), same, unreadable)
+        return Sample(default_collate([first.image, second.image]), same, unreadable)
 
     @property
     def shards(self) -> None:

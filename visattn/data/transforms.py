@@ -3,15 +3,18 @@
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+ERASED, SHAPES = (0.02, 0.33), (0.3, 3.3)  # share of an image that is erased; width over height of that
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey
 ORIENTATION = 0x0112  # the tag of EXIF that says which way is up
 
 
@@ -209,8 +212,87 @@ class Augmentation:
 
     def __call__(self, image: "Image.Image | np.ndarray", seed: Sequence[int]) -> Tensor:
         """Return the image under the chance that ``seed``, a few non-negative whole numbers, stands for."""
-        chance = np.random.default_rng(seed)
+        return self.preprocess.normalise(self.pixels(image, np.random.default_rng(seed)))
+
+    def pixels(self, image: "Image.Image | np.ndarray", chance: np.random.Generator) -> np.ndarray:
+        """Return the uint8 pixels of the image under chance."""
         # one stream for all steps: seeded by themselves they would all draw the same numbers
         self.steps.set_random_state(chance, random.Random(int(chance.integers(2**63))))
-        pixels = np.array(as_seen(image, self.preprocess.input_size[0]))
-        return self.preprocess.normalise(self.steps(image=pixels)["image"])
+        return self.steps(image=np.array(as_seen(image, self.preprocess.input_size[0])))["image"]
+
+
+class Unfinished(NamedTuple):
+    """Images that are cropped and turned, and what chance still does to each."""
+
+    pixels: UInt8[Tensor, "*b c h w"]
+    chance: Float[Tensor, "*b 8"]
+    """1 if mirrored; factors of brightness, contrast and saturation; top, left, bottom and right of what is erased."""
+
+
+class DeviceAugmentation:
+    r"""The training transform in two parts: a worker crops, the device finishes all images of a batch at once.
+
+    As :class:`Augmentation`, but the colours change in a fixed order and are not rounded in between:
+
+    .. math:: x_1 = b x, \quad x_2 = \bar g(x_1) + c\,(x_1 - \bar g(x_1)), \quad x_3 = g(x_2) + s\,(x_2 - g(x_2))
+
+    each kept within [0, 1], with :math:`g` the grey of a pixel, and :math:`\bar g` its mean over the image.
+
+    Args:
+        augment: What chance does.
+        preprocess: Size, interpolation and normalisation of what comes out.
+
+    Example:
+        >>> turn = DeviceAugmentation(Augment(), Preprocess((3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3))
+        >>> turn.finish(turn(np.zeros((8, 8, 3), np.uint8), seed=(0, 1, 2))).shape
+        torch.Size([3, 32, 32])
+    """
+
+    def __init__(self, augment: Augment, preprocess: Preprocess):
+        self.augment = augment
+        self.crop = Augmentation(replace(augment, flip=0.0, jitter=0.0, erase=0.0), preprocess)
+        self.preprocess = preprocess
+
+    def __call__(self, image: "Image.Image | np.ndarray", seed: Sequence[int]) -> Unfinished:
+        """Return the image, cropped under the chance that ``seed`` stands for, and what else that does to it."""
+        chance = np.random.default_rng(seed)
+        pixels = self.crop.pixels(image, chance)
+        x = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+        flip = 0.5 if self.augment.flip is None else self.augment.flip
+        drawn = [chance.random() < flip, *(1 + self.augment.jitter * chance.uniform(-1, 1, 3))]
+        drawn += self.erased(chance) if chance.random() < self.augment.erase else [0] * 4
+        return Unfinished(x, torch.tensor(drawn, dtype=torch.float32))
+
+    def erased(self, chance: np.random.Generator) -> list[int]:
+        """Draw a rectangle of at most a third of the image, which lies within it."""
+        _, height, width = self.preprocess.input_size
+        area, ratio = chance.uniform(*ERASED) * height * width, np.exp(chance.uniform(*np.log(SHAPES)))
+        tall, wide = min(height, round((area / ratio) ** 0.5)), min(width, round((area * ratio) ** 0.5))
+        top, left = int(chance.integers(height - tall + 1)), int(chance.integers(width - wide + 1))
+        return [top, left, top + tall, left + wide]
+
+    def finish(self, images: Unfinished) -> Float[Tensor, "*b c h w"]:
+        """Return images as a network reads them, on the device where they lie."""
+        with torch.autocast(images.pixels.device.type, enabled=False):
+            return self.finished(images.pixels.float() / 255, images.chance)
+
+    def finished(self, x: Float[Tensor, "*b c h w"], chance: Float[Tensor, "*b 8"]) -> Float[Tensor, "*b c h w"]:
+        each = chance[..., None, None, None].unbind(-4)
+        mirrored, brightness, contrast, saturation, top, left, bottom, right = each
+        x = torch.where(mirrored > 0, x.flip(-1), x)
+        if self.augment.jitter:
+            x = (brightness * x).clamp(0, 1)
+            x = torch.lerp(self.grey(x).mean((-1, -2), keepdim=True), x, contrast).clamp(0, 1)
+            x = torch.lerp(self.grey(x), x, saturation).clamp(0, 1)
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.preprocess.mean, self.preprocess.std))
+        x = (x - mean) / std
+        if self.augment.erase:
+            rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
+            rows = rows[:, None]
+            x = x.masked_fill((top <= rows) & (rows < bottom) & (left <= columns) & (columns < right), 0.0)
+        return x
+
+    @staticmethod
+    def grey(x: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b 1 h w"]:
+        """Return the brightness of each pixel."""
+        return x if x.shape[-3] == 1 else (x * x.new_tensor(LUMA)[:, None, None]).sum(-3, keepdim=True)

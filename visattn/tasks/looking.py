@@ -189,7 +189,7 @@ class Looking(Recognition):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[1], Tensor):
-            shape = (len(batch[0]), self.model.targets)[: 1 + (self.model.targets > 1)]
+            shape = (len(batch[1]), self.model.targets)[: 1 + (self.model.targets > 1)]
             if batch[1].shape != shape:
                 raise ValueError(f"labels must be of shape {shape}, as the network names, got {tuple(batch[1].shape)}")
         return super().on_before_batch_transfer(batch, dataloader_idx)
