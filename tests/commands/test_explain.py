@@ -64,6 +64,7 @@ def lines(capsys, *arguments):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_says_of_the_likeliest_class_what_python_says_and_draws_it(capsys, classifier, photo, tmp_path):
     path = classifier()
     (line,) = lines(capsys, path, photo, *FAST, "gradient", "adversary", "--save", tmp_path / "out")

@@ -402,6 +402,7 @@ def test_two_processes_share_an_epoch_and_evaluate_each_image_once(tmp_path):
     assert orders[0] != orders[1]
 
 
+@pytest.mark.slow
 def test_tiny_images_out_of_a_compressed_archive_are_batched(shared):
     data = Images(str(shared / "data/tiny_imagenet_40/tiny_imagenet_40.tar.xz"), size=64, train_per_class=2, workers=2)
     x, _ = next(iter(data.train_dataloader()))

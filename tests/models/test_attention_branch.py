@@ -144,6 +144,7 @@ def test_saves_and_loads(tmp_path):
         visattn.save(given, tmp_path / "given")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_a_break_and_exports(training, unchecked):
     network, x = tiny().train(training), torch.randn(2, 3, 64, 64)

@@ -159,6 +159,7 @@ def test_one_with_trained_weights_is_built_again_without(monkeypatch, tmp_path):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break(unchecked):
     network, (x, y) = small("ABCNN-3"), images()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

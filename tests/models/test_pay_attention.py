@@ -93,6 +93,7 @@ def test_saves_and_loads(tmp_path):
     assert again.arguments == network.arguments
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break_and_exports(unchecked):
     network, x = tiny(combine="independent").eval(), torch.randn(2, 3, 64, 64)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

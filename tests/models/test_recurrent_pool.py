@@ -59,6 +59,7 @@ def test_saves_and_loads(tmp_path):
     assert torch.equal(again(x), network(x))
 
 
+@pytest.mark.slow
 def test_compiles_and_exports(unchecked):
     network, x = tiny().eval(), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(torch.compile(network, backend="aot_eager")(x), network(x), rtol=1e-4, atol=1e-4)

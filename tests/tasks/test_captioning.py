@@ -262,6 +262,7 @@ def test_a_frozen_backbone_stays_and_its_maps_are_made_once(fit, data, tmp_path)
     assert not any(p.requires_grad for p in again.lightning_module.model.backbone.parameters())
 
 
+@pytest.mark.slow
 def test_goes_on_by_itself_from_a_captioner_that_was_trained(fit, tmp_path):
     fit(Captioning(**LITTLE), max_epochs=1)
     first = tmp_path / "checkpoints" / "last.ckpt"
@@ -273,12 +274,14 @@ def test_goes_on_by_itself_from_a_captioner_that_was_trained(fit, tmp_path):
         fit(Captioning(**LITTLE | {"learning": "self_critical"}))
 
 
+@pytest.mark.slow
 def test_any_attention_plugs_in(fit):
     for attention in (partial(MultiHeadAttention, heads=2), partial(HardAttention, attention=AdditiveAttention)):
         found = fit(Captioning(**LITTLE | {"attention": attention, "doubly": 0.1}), max_steps=2)
         assert torch.tensor(float(found.callback_metrics["train/loss"])).isfinite()
 
 
+@pytest.mark.slow
 def test_any_decoder_plugs_in(fit):
     transformer = partial(TransformerDecoder, width=16, depth=2, heads=2, maps="all")
     for decoder, doubly in ((transformer, 0.1), (partial(PooledDecoder, hidden=8, embedding=8), 0.0)):
@@ -346,6 +349,7 @@ def test_exact_sentences_and_peaks_in_boxes_are_shares():
     assert logged["test/grounded"] == 0.75
 
 
+@pytest.mark.slow
 def test_a_test_has_canvases_with_more_digits_beside(fit):
     logged, losses = [], Losses()
     for decoder in (SMALL, partial(PooledDecoder, hidden=8, embedding=8)):
@@ -410,6 +414,7 @@ def test_refuses_options_out_of_range(options, message, unchecked):
         Captioning(**LITTLE | options)
 
 
+@pytest.mark.slow
 def test_what_is_inserted_in_a_frozen_backbone_learns_and_is_saved(fit, data, tmp_path):
     task = Captioning(**LITTLE | {"inserted": CBAM, "at": "stages", "gate": None})
     first = {}

@@ -244,6 +244,7 @@ def test_the_task_is_the_last_that_is_named(tmp_path):
     assert task_of(["fit", "--config", "nowhere.yaml", "--task", "visattn.tasks.Verification"]) is Verification
 
 
+@pytest.mark.slow
 def test_a_refused_resumption_leaves_its_run_as_it_was(tmp_path, capsys):
     run_cli(tiny("fit", "--trainer.default_root_dir runs"))
     config = Path("runs/version_0/config.yaml").read_bytes()

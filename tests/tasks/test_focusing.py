@@ -204,6 +204,7 @@ class Counted(Callback):
         pl_module.model.look = counted
 
 
+@pytest.mark.slow
 def test_three_stages_each_from_the_one_before(digits, trainer, tmp_path):
     models, start = {}, None
     for stage in STAGES:

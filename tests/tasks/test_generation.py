@@ -117,6 +117,7 @@ def test_takes_back_how_images_were_normalised(fit, digits):
 # --- trainings --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_bound(fit):
     task, seen = Generation(partial(DRAW, steps=3, width=32, latent=8), optimizer=partial(Adam, lr=0.01)), []
     task.on_validation_epoch_end = lambda: seen.append(task.trainer.callback_metrics["val/nats"].item())

@@ -574,6 +574,7 @@ class Seen(Callback):
         self.spreads.append(pl_module.model.policy.spread.item())
 
 
+@pytest.mark.slow
 def test_learns_to_read_digits(canvas, trainer):
     task = Looking(partial(RecurrentAttention, glimpses=4), every_step=1.0, optimizer=partial(Adam, lr=3e-3))
     seen = Seen()

@@ -130,6 +130,7 @@ def test_an_interruption_within_an_epoch_goes_on_exactly(place, digits, trainer,
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_step_goes_on_exactly(digits, trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
 

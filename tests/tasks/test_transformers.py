@@ -55,6 +55,7 @@ def refused(command: str, capsys: pytest.CaptureFixture) -> str:
 # --- digits on canvases -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_digits_are_put_upright_from_the_command_line():
     run_cli(shlex.split(f"fit {DIGITS}"))
     run = Path("runs/transform_mnist/version_0")
@@ -228,6 +229,7 @@ def test_resuming_between_epochs_is_as_if_nothing_had_happened(limit, name, work
 # --- any backbone -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "size", "more"),
     [

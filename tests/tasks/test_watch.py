@@ -507,6 +507,7 @@ def test_of_two_processes_one_draws(tmp_path):
     assert [row["step"] for row in rows if row["warp/folded"]] == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_a_configuration_asks_for_a_gaze(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_cli(["fit", *gaze(tmp_path)])
