@@ -437,6 +437,14 @@ def test_what_is_inserted_in_a_frozen_backbone_learns_and_is_saved(fit, data, tm
         fit(Captioning(**LITTLE | {"inserted": CBAM}), of=data(cache=str(tmp_path / "cache")))
 
 
+def test_what_regions_do_not_depend_on_asks_for_no_gradient(data):
+    task, batch = built(data, backbone="mobilenetv3_small_050", freeze_backbone=False)  # its head has a convolution
+    task.training_loss(batch).backward()
+    left = {name for name, p in task.model.backbone.named_parameters() if not p.requires_grad}
+    assert left == {"conv_head.weight", "conv_head.bias"}
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+
+
 def test_a_cache_is_for_a_backbone_that_stays(fit, data, tmp_path):
     with pytest.raises(
         ValueError, match="cache must be left out where the backbone, or what is inserted in it, learns"

@@ -3,12 +3,14 @@ import csv
 import math
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -615,3 +617,23 @@ def test_a_network_that_cannot_make_its_maps_again_says_so():
     task = Classification(network=DigitClassifier, grad_checkpointing=True)
     with pytest.raises(ValueError, match="grad_checkpointing must be false for DigitClassifier, which cannot do it"):
         task.configure_model()
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(None, 1.0), ("root", 2.0), ("linear", 4.0)])
+def test_learning_rates_grow_with_the_number_of_processes(kind, factor, monkeypatch):
+    task = Classification(**BUILT, attention=CBAM, attention_lr_factor=3.0)
+    task.configure_model()
+    four = SimpleNamespace(world_size=4, estimated_stepping_batches=10)
+    monkeypatch.setattr(type(task), "trainer", four)
+    task.scale_lr = kind
+    (optimizer,), _ = task.configure_optimizers()
+    rates = sorted({group["initial_lr"] for group in optimizer.param_groups})
+    assert rates == pytest.approx([0.001 * factor, 0.003 * factor])
+
+
+def test_weighted_classes_have_the_weighted_mean_loss():
+    task = Classification(**TINY, class_weights=[1.0, 2.0, 4.0], backbone_args={"num_classes": 3}, label_smoothing=0.1)
+    task.configure_model()
+    logits, targets = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 0])
+    expected = F.cross_entropy(logits, targets, weight=torch.tensor([1.0, 2.0, 4.0]), label_smoothing=0.1)
+    torch.testing.assert_close(task.loss(logits, targets), expected)

@@ -18,7 +18,7 @@ import visattn
 from tests.test_configs import Parsed
 from visattn.models import AttentionBranchNetwork
 from visattn.tasks import Classification, Verification
-from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, task_of, with_packaged_configs
+from visattn.tasks.command_line import find_checkpoint, one_line, run_cli, run_of, share, task_of, with_packaged_configs
 
 ROOT = Path(__file__).parents[2]
 FEW = (
@@ -348,6 +348,19 @@ def test_processes_that_are_told_to_end_save_and_say_so_by_their_code(number, mo
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert (tmp_path / "runs/quickstart/version_0/checkpoints/interrupted.ckpt").is_file()
+
+
+def test_a_batch_is_shared_by_all_processes(tmp_path):
+    run_cli(tiny("fit", "--total_batch 16 --trainer.accumulate_grad_batches 2 --scale_lr linear"))
+    run = tmp_path / "runs/quickstart/version_0"
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5  # 80 images by 16
+    assert yaml.safe_load((run / "config.yaml").read_text())["total_batch"] == 16
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused():
+    assert share(12, 3, 2) == 2
+    with pytest.raises(ValueError, match=r"total_batch must be a multiple of 6, for 3 processes .*=2, got 64"):
+        share(64, 3, 2)
 
 
 @pytest.mark.slow

@@ -64,9 +64,11 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def losses(folder: Path) -> dict[int, str]:
-    """The loss of every step; of one that was taken twice, the later one."""
+    """The loss of every step, each of which is there once."""
     with (folder / "version_0/metrics.csv").open() as file:
-        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")}
+        rows = [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+    assert [step for step, _ in rows] == [*range(len(rows))]
+    return dict(rows)
 
 
 @pytest.mark.slow

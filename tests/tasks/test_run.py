@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from timm.layers import SyncBatchNormAct
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import visattn
 from visattn.surgery import insertions
@@ -137,6 +138,22 @@ def test_converting_to_synchronised_norms_keeps_what_is_inserted():
     assert TimmSyncBatchNorm().revert(task) is task
 
 
+@pytest.mark.parametrize("inserted", [visattn.BAM, visattn.StyleRecalibration])
+def test_norms_of_what_is_inserted_are_synchronised_and_train(inserted):
+    task = Classification("test_byobnet", attention=inserted, backbone_args={"num_classes": 10, "in_chans": 1})
+    task.configure_model()
+    before = {name: value.shape for name, value in task.state_dict().items()}
+    names = {n for n, module in task.model.named_modules() if "visattn" in n and isinstance(module, _BatchNorm)}
+    assert names
+    TimmSyncBatchNorm().apply(task)
+    norms = {n: module for n, module in task.model.named_modules() if isinstance(module, _BatchNorm)}
+    assert names <= norms.keys()
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in norms.values())
+    assert {name: value.shape for name, value in task.state_dict().items()} == before
+    task.train()(torch.randn(2, 1, 32, 32)).sum().backward()
+    assert all(p.grad is not None for each in insertions(task.model) for p in each.parameters())
+
+
 def test_the_log_goes_on_where_it_left_off(tmp_path):
     for step, metrics in ((0, {"loss": 2.0}), (1, {"loss": 1.0, "top1": 0.5})):
         log = Log(tmp_path, name="", version=0)
@@ -144,6 +161,20 @@ def test_the_log_goes_on_where_it_left_off(tmp_path):
         log.save()
     rows = list(csv.DictReader(Path(log.log_dir, "metrics.csv").read_text().splitlines()))
     assert rows == [{"step": "0", "loss": "2.0", "top1": ""}, {"step": "1", "loss": "1.0", "top1": "0.5"}]
+
+
+def test_the_log_leaves_out_what_is_done_again(tmp_path):
+    log = Log(tmp_path, name="", version=0)
+    for step in range(5):
+        log.log_metrics({"loss": float(step)}, step)
+    log.save()
+    with Path(log.log_dir, "metrics.csv").open("a") as file:
+        file.write("5.0")  # a row that was cut off
+    again = Log(tmp_path, name="", version=0, since=3)
+    again.log_metrics({"loss": 7.0}, 3)
+    again.save()
+    rows = list(csv.DictReader(Path(log.log_dir, "metrics.csv").read_text().splitlines()))
+    assert [(row["step"], row["loss"]) for row in rows] == [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "7.0")]
 
 
 def test_the_last_checkpoint_is_the_newest(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Built
@@ -117,10 +118,7 @@ def look(backbone: nn.Module) -> Seen:
     if not hasattr(backbone, "forward_intermediates"):
         raise ValueError(f"{name} cannot be split: it has no forward_intermediates, by which timm gives its maps")
     shell: Any = copy.deepcopy(backbone).to("meta").eval()
-    first = next(m for m in shell.modules() if isinstance(m, nn.Conv2d))
-    declared = (getattr(shell, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
-    sizes = (m.img_size for m in shell.modules() if isinstance(getattr(m, "img_size", None), tuple))
-    size = next(sizes, declared[1:])
+    image = image_for(shell)
     seen, running, clock = Seen(name), list[Call](), itertools.count()
 
     def enter(name: str, module: nn.Module, args: Any) -> None:
@@ -136,12 +134,20 @@ def look(backbone: nn.Module) -> Seen:
     for name, module in shell.named_modules():
         module.register_forward_pre_hook(partial(enter, name))
         module.register_forward_hook(leave)
-    channels = first.in_channels if first.in_channels <= 4 else declared[0]  # else it is given small squares
-    image = torch.empty(2, channels, *size, device="meta", dtype=first.weight.dtype)
     with torch.no_grad():
         seen.last, seen.maps = shell.forward_intermediates(image)
         seen.vector = shell.forward_head(seen.last, pre_logits=True)
     return seen
+
+
+def image_for(backbone: nn.Module) -> Float[Tensor, "2 c h w"]:
+    """Return images, on the meta device, such as a backbone was made for."""
+    first = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    config: Any = getattr(backbone, "pretrained_cfg", None) or {}
+    declared = config.get("input_size") or (3, 224, 224)
+    sizes: Any = (m.img_size for m in backbone.modules() if isinstance(getattr(m, "img_size", None), tuple))
+    channels = first.in_channels if first.in_channels <= 4 else declared[0]  # else it is given small squares
+    return torch.empty(2, channels, *next(sizes, declared[1:]), device="meta", dtype=first.weight.dtype)
 
 
 def named(argument: str, name: str, own: Sequence[str] = (), **options: Any) -> nn.Module:

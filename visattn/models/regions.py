@@ -1,14 +1,16 @@
 """The positions of a backbone's last map as regions that are asked: by a sentence, or by a question."""
 
+import copy
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from visattn.attention.base import Built
 from visattn.attention.pairwise.positions import sinusoid_2d
 from visattn.attention.pairwise.transformer_block import TransformerBlock2d
-from visattn.models.network import as_timm_has_it, at_least_one, named
+from visattn.models.network import as_timm_has_it, at_least_one, image_for, named
 from visattn.surgery import sites
 
 
@@ -88,6 +90,15 @@ class RegionNetwork(Built):
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e rows columns"]:
         """Return the last map of the backbone: what a frozen one need not compute twice."""
         return self.site.to_map(self.backbone.forward_features(images))
+
+    def freeze_unread(self) -> None:
+        """Have parameters of the backbone that regions do not depend on, such as its head's, ask for no gradient."""
+        shell: Any = copy.deepcopy(self.backbone).to("meta").requires_grad_(True)
+        last = shell.forward_features(image_for(shell))
+        found = torch.autograd.grad(last.sum(), [*shell.parameters()], allow_unused=True)
+        for parameter, gradient in zip(self.backbone.parameters(), found, strict=True):
+            if gradient is None:
+                parameter.requires_grad_(False)
 
     def regions(self, features: Float[Tensor, "b e rows columns"]) -> Regions:
         """Return what is looked at, of a map of the backbone."""

@@ -102,6 +102,7 @@ class Answering(Task):
             options["reader"] = plainly(self.reader, "reader")
         with trained_weights(h["backbone"]):
             self.model = QuestionAnswerer(len(self.vocabulary), len(self.labels), pretrained=h["pretrained"], **options)
+        self.model.freeze_unread()
         make = partial(MulticlassAccuracy, len(self.labels), average="micro")
         self.accuracy: Any = torch.nn.ModuleDict({stage: make() for stage in STAGES})
         self.grounded: Any = torch.nn.ModuleDict({stage: MeanMetric() for stage in STAGES})

@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property, partial, wraps
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
+import torch.distributed as dist
+from jaxtyping import Float
 from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -55,6 +57,9 @@ class Task(pl.LightningModule):
     """The metric of which the command line keeps the best, greatest, state."""
     classes: ClassVar[dict[str, ModuleType]] = {"optimizer": torch.optim, "schedule": torch.optim.lr_scheduler}
     """Arguments that are classes, and where a checkpoint may take them from."""
+
+    scale_lr: Literal["linear", "root"] | None = None
+    """Whether learning rates are those given times the number of processes, or times its square root."""
 
     model: Any
 
@@ -97,6 +102,10 @@ class Task(pl.LightningModule):
             if name in parameters and options.get(name, parameters[name].default) == parameters[name].default:
                 options[name] = value
         return options
+
+    def log(self, name: str, value: Any, *, batch_size: int | float | None = None, **options: Any) -> None:  # type: ignore[override]
+        # no integer, of which Lightning would round down the mean over processes
+        super().log(name, value, batch_size=None if batch_size is None else float(batch_size), **options)  # type: ignore[arg-type]
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -165,6 +174,18 @@ class Task(pl.LightningModule):
             raise RunError(f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch})")
         return loss
 
+    def on_validation_start(self) -> None:
+        gather(self, whole=True)
+
+    def on_validation_end(self) -> None:
+        gather(self, whole=False)
+
+    def on_test_start(self) -> None:
+        gather(self, whole=True)
+
+    def on_predict_start(self) -> None:
+        gather(self, whole=True)
+
     @contextmanager
     def repeatable(self, batch_idx: int) -> Iterator[None]:
         """Draw the same numbers in every evaluation, and none from where the training draws."""
@@ -186,7 +207,9 @@ class Task(pl.LightningModule):
         optimizer = self.optimizer(
             [{"params": params} | ({} if decays else {"weight_decay": 0.0}) for (_, decays), params in groups.items()]
         )
+        rate = self.trainer.world_size ** {None: 0.0, "root": 0.5, "linear": 1.0}[self.scale_lr]
         for (attends, _), group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] *= rate
             if attends:
                 group["lr"] *= self.hparams.get("attention_lr_factor", 1.0)
         if self.schedule:
@@ -225,7 +248,8 @@ class Task(pl.LightningModule):
         theirs, backbone = (h.get("backbone") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and theirs != backbone:
             raise ValueError(f"the checkpoint holds backbone {theirs!r}, the model has {backbone!r}")
-        mine, other = ({k: v.shape for k, v in d.items()} for d in (self.state_dict(), checkpoint["state_dict"]))
+        states = self.state_dict(), checkpoint.get("state_dict", self.state_dict())  # a divided network has loaded it
+        mine, other = ({k: v.shape for k, v in d.items()} for d in states)
         if different := sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)):
             name = different[0]
             shapes = [tuple(d[name]) if name in d else "absent" for d in (other, mine)]
@@ -247,17 +271,32 @@ class Task(pl.LightningModule):
 
 
 def sharding(configure: Callable[..., None]) -> Callable[..., None]:
-    """Have the network that a task builds divided among devices, where Lightning's ``ModelParallelStrategy`` is."""
+    """Have what a task builds divided among devices, where Lightning's ``ModelParallelStrategy`` is.
+
+    What is not in a large part is gathered for a whole step, which may call any method of the network; but not the
+    task itself (it calls its ``forward``), as that would gather for less.
+    """
 
     @wraps(configure)
     def configured(task: Any) -> None:
+        whole = type(task).configure_model is configured  # else a subclass has more to do
         configure(task)
-        if task.device_mesh is not None and not isinstance(task.model, FSDPModule):
-            task.model.to(task.trainer.strategy.root_device)
-            for part in parts(task.model):
+        if whole and task.device_mesh is not None and not isinstance(task, FSDPModule):
+            task.to(task.trainer.strategy.root_device)
+            for part in [*parts(task.model)[:-1], task]:
                 fully_shard(part, mesh=task.device_mesh["data_parallel"])
+            for step in ("training_step", "validation_step", "test_step", "predict_step"):
+                register_fsdp_forward_method(task, step)
 
     return configured
+
+
+def gather(task: nn.Module, whole: bool) -> None:
+    """Have all that was divided on each device, or no longer: in evaluation processes may differ in their batches."""
+    for part in task.modules():
+        if isinstance(part, FSDPModule):
+            part.set_reshard_after_forward(not whole and part is not task, recurse=False)
+            part.unshard() if whole else part.reshard()
 
 
 def parts(network: nn.Module) -> list[nn.Module]:
@@ -265,6 +304,18 @@ def parts(network: nn.Module) -> list[nn.Module]:
     steps = [step for sequence in network.modules() if isinstance(sequence, nn.Sequential) for step in sequence]
     large = [step for step in dict.fromkeys(steps) if sum(p.numel() for p in step.parameters()) >= PART]
     return [*reversed(large), network]
+
+
+def mean_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the mean of what all processes have.
+
+    A sum divided by that of a count has, in the mean over processes, the gradient of the mean over all that is counted.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def known_to_timm(backbone: str) -> None:

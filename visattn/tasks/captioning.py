@@ -32,7 +32,7 @@ from visattn.models.decoders import Decoder, Said, Sentences, ShowAttendAndTell,
 from visattn.models.decoders.recurrent import RecurrentDecoder
 from visattn.models.proposal import Proposal, draw
 from visattn.surgery import insert, insertions
-from visattn.tasks.base import Task, known_to_timm, plainly, trained_weights
+from visattn.tasks.base import Task, known_to_timm, mean_over_ranks, plainly, trained_weights
 from visattn.tasks.importance import importance
 from visattn.tasks.run import RunError
 
@@ -221,6 +221,8 @@ class Captioning(Task):
             self.model.backbone.requires_grad_(False)
             for module in self._trained():
                 module.requires_grad_(True)
+        else:
+            self.model.freeze_unread()
         self.train(self.training)
         self.cached = bool(getattr(data, "cache", None))
         if self.cached:
@@ -294,7 +296,7 @@ class Captioning(Task):
             return self.wake_sleep_loss(prepared, memory, batch, words, there)
         said = self.model.decoder(prepared, words, batch.lengths)
         nats = self.nats(said, batch.words, there, self.hparams["label_smoothing"])
-        loss = nats.sum() / self.shared(there.sum())
+        loss = nats.sum() / shared(there.sum())
         self.log("train/cross_entropy", loss)
         return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
 
@@ -345,9 +347,9 @@ class Captioning(Task):
             return likely.new_zeros(())
         reward = likely.sum(2) / there.sum(2).clamp_min(1)  # of a caption, by its length
         with torch.no_grad():
-            self.average.lerp_(self.meaned(reward.mean()), 1 - DECAY)
+            self.average.lerp_(mean_over_ranks(reward.mean()), 1 - DECAY)
         advantage = (reward - self.average)[..., None].detach()
-        count = self.shared(there.sum())
+        count = shared(there.sum())
         picks = (advantage * maps.log_probability(there)).sum() / count
         self.log("train/reward", reward.mean())
         return self.entropy_loss(maps, there, count) - h["policy_factor"] * picks
@@ -380,7 +382,7 @@ class Captioning(Task):
         likely = -self.nats(said, right, there).sum(2).unflatten(1, (-1, samples))
         prior = said.maps.log_probability(there).sum(2).unflatten(1, (-1, samples))
         share, more = importance(likely.detach(), prior.detach(), known.detach())
-        count = self.shared(there.sum())
+        count = shared(there.sum())
         self.log("train/cross_entropy", -likely.detach().sum() / count)
         self.log("train/effective_samples", (samples**2 / share.square().sum(-1)).mean())
         loss = -(share * (likely + known) + more * prior).sum() / count
@@ -411,25 +413,13 @@ class Captioning(Task):
         said = decoder(prepared, found.words[:, :, :-1], found.lengths)
         nats = self.nats(said, found.words, there)
         self.log_dict({"train/reward": reward.mean(), "train/length": found.lengths.float().mean()})
-        loss = ((reward - expected)[..., None] * nats).sum() / self.shared(there.sum())
+        loss = ((reward - expected)[..., None] * nats).sum() / shared(there.sum())
         return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
 
     def rewards(self, found: Sentences, images: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
         """Return the CIDEr-D of sentences about images."""
         scores = self.scorer(found.words.cpu(), images.cpu())
         return torch.from_numpy(scores).to(found.log_probs)
-
-    def shared(self, count: Tensor) -> Tensor:
-        """Return by what a sum is to be divided for the gradients' mean over processes to be that over all counted."""
-        return self.meaned(count.float()).clamp_min(1)
-
-    def meaned(self, value: Tensor) -> Tensor:
-        """Return the mean over processes."""
-        if self.trainer.world_size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value = value / self.trainer.world_size
-        return value
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -505,6 +495,11 @@ class Captioning(Task):
     @property
     def described(self) -> dict[str, Any]:
         return {"vocabulary": self.vocabulary, "transform": self.preprocess, "task": "captioning"}
+
+
+def shared(words: Tensor) -> Tensor:
+    """Return how many words a process has on average, by which each divides its sums."""
+    return mean_over_ranks(words.float()).clamp_min(1)
 
 
 def drawn(logits: Float[Tensor, "b r *t v"]) -> Int[Tensor, "b r *t"]:

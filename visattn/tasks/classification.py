@@ -34,7 +34,7 @@ from visattn.data.canvas import Canvas
 from visattn.data.images import Images
 from visattn.models.network import Classifier, Network
 from visattn.surgery import insert, insertions
-from visattn.tasks.base import Task, found_class, known_to_timm, trained_weights
+from visattn.tasks.base import Task, found_class, known_to_timm, mean_over_ranks, trained_weights
 from visattn.tasks.recognition import Recognition
 from visattn.tasks.run import folder
 
@@ -254,13 +254,17 @@ class Classification(Recognition):
         if self.hparams["multi_label"]:
             targets = targets * (1 - smoothing) + smoothing / 2
             return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), pos_weight=self.class_weights)
-        return F.cross_entropy(logits, targets, weight=self.class_weights, label_smoothing=smoothing)
+        options: Any = {"weight": self.class_weights, "label_smoothing": smoothing}
+        if self.class_weights is None or targets.is_floating_point() or not self.training:
+            return F.cross_entropy(logits, targets, **options)
+        weights = self.class_weights[targets].sum()
+        return F.cross_entropy(logits, targets, reduction="sum", **options) / mean_over_ranks(weights)
 
     def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
         images, targets = batch
         if self.mix and len(images) % 2 == 0:
             images, targets = self.mix(images, targets)
-        logits = self(images)
+        logits = self.forward(images)
         several = logits if isinstance(logits, tuple) else (logits,)
         return torch.stack([self.loss(each, targets) for each in several]).sum()
 
@@ -272,8 +276,11 @@ class Classification(Recognition):
 
     def _evaluate(self, batch: Sequence[Tensor], stage: str, scores: MetricCollection) -> tuple[Tensor, Tensor]:
         images, targets = batch
-        logits = self(images).float()
-        self.log(f"{stage}/loss", self.loss(logits, targets), prog_bar=True, sync_dist=True, batch_size=len(images))
+        logits = self.forward(images).float()
+        weight: float = len(images)
+        if self.class_weights is not None and not self.hparams["multi_label"]:
+            weight = self.class_weights[targets].sum().item()
+        self.log(f"{stage}/loss", self.loss(logits, targets), prog_bar=True, sync_dist=True, batch_size=weight)
         targets = targets.int()
         scores.update(logits, targets)
         self.log_dict(scores, prog_bar=True, batch_size=len(images))
@@ -287,7 +294,7 @@ class Classification(Recognition):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the probabilities."""
-        logits = self(batch[0] if isinstance(batch, (list, tuple)) else batch).float()
+        logits = self.forward(batch[0] if isinstance(batch, (list, tuple)) else batch).float()
         return logits.sigmoid() if self.hparams["multi_label"] else logits.softmax(-1)
 
     def on_test_epoch_end(self) -> None:

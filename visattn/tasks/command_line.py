@@ -10,7 +10,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -91,6 +91,10 @@ class CommandLine(LightningCLI):
         parser.add_argument("--save_minutes", type=float | None, default=None, help=minutes)
         disk = "GiB that the checkpoints of a run may take; beyond, the oldest are removed"
         parser.add_argument("--disk", type=float | None, default=None, help=disk)
+        total = "images in a step of all processes, a multiple of their number; takes the place of data.batch_size"
+        parser.add_argument("--total_batch", type=int | None, default=None, help=total)
+        scaling = "multiply learning rates by the number of processes (linear), or by its square root (root)"
+        parser.add_argument("--scale_lr", type=Literal["linear", "root"] | None, default=None, help=scaling)
         parser.add_lightning_class_args(Best, "checkpoint")
         defaults = {"filename": "best", "monitor": self.task.monitor, "mode": "max", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
@@ -105,18 +109,18 @@ class CommandLine(LightningCLI):
         given, root = config.pop("ckpt_path", None), Path(config["trainer"]["default_root_dir"])
         again = requeued(root) if given is None and subcommand == "fit" else None
         self.ckpt_path = again or find_checkpoint(given, root)
+        self.since, self.known = resumption(self.ckpt_path) if self.ckpt_path else (None, None)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        options = self.config_init[self.subcommand]
+        self.model.scale_lr = options["scale_lr"]
+        if (total := options["total_batch"]) is not None:
+            trainer = self.trainer
+            self.datamodule.batch_size = share(total, trainer.world_size, trainer.accumulate_grad_batches)
         if self.ckpt_path:  # weights and preprocessing come from there
             self.model.pretrained = False
-            try:
-                held = torch.load(self.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # of many kinds, and none says which file
-                said = " ".join(str(error).split())[:120]
-                raise ValueError(f"{self.ckpt_path} is damaged or no checkpoint ({said})") from error
-            known = held.get("visattn", {}).get("visattn", {}).get("transform")
-            expected = Preprocess(**known) if known else None
+            expected = Preprocess(**self.known) if self.known else None
         elif self.subcommand != "fit" and not self.model.pretrained:
             raise ValueError(f"ckpt_path must be given to {self.subcommand}: best, last or a file")
         else:
@@ -130,8 +134,9 @@ class CommandLine(LightningCLI):
         root, version = run_of(self.ckpt_path) or (Path(config["default_root_dir"]), None)
         given = config["logger"]
         if self.subcommand == "fit" and given is not False:
-            log = Log(root, name="", version=version)
-            board = TensorBoardLogger(root, name="", version=log.version, default_hp_metric=False)
+            log = Log(root, name="", version=version, since=self.since)
+            same: dict[str, Any] = {"version": log.version, "purge_step": self.since}
+            board = TensorBoardLogger(root, name="", default_hp_metric=False, **same)
             more = [] if given in (None, True) else given if isinstance(given, list) else [given]
             kwargs["logger"] = [log, board, *more]
         elif given in (None, True):
@@ -250,6 +255,25 @@ def find_checkpoint(given: str | None, root: Path) -> Path | None:
     if not Path(given).is_file():
         raise FileNotFoundError(f"ckpt_path={given}: there is no such file")
     return Path(given)
+
+
+def share(total: int, processes: int, accumulated: int) -> int:
+    """Return how many images of all those in a step are in a batch of one process."""
+    batches = processes * accumulated
+    if total < 1 or total % batches:
+        kinds = f"{processes} processes with accumulate_grad_batches={accumulated}"
+        raise ValueError(f"total_batch must be a multiple of {batches}, for {kinds}, got {total}")
+    return total // batches
+
+
+def resumption(checkpoint: Path) -> tuple[int | None, dict[str, Any] | None]:
+    """Return to which step the log of a checkpoint's run goes, and how it prepared images."""
+    try:
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds, and none says which file
+        said = " ".join(str(error).split())[:120]
+        raise ValueError(f"{checkpoint} is damaged or no checkpoint ({said})") from error
+    return held.get("global_step"), held.get("visattn", {}).get("visattn", {}).get("transform")
 
 
 def run_of(checkpoint: Path | None) -> tuple[Path, int] | None:

@@ -109,7 +109,7 @@ class Generation(Task):
     def losses(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return what it takes on average, in nats, to tell the pixels by what is drawn, and to tell what to draw."""
         images = self.binarised(batch[0])
-        drawing = self(images)
+        drawing = self.forward(images)
         errors = F.binary_cross_entropy_with_logits(drawing.canvas, images.to(drawing.canvas), reduction="none")
         return errors.sum((1, 2, 3)).mean(), drawing.divergences.sum(1).mean()
 

@@ -5,7 +5,6 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from pytorch_lightning.cli import ReduceLROnPlateau
 from torch import Tensor
@@ -22,7 +21,7 @@ from visattn.data.transforms import Preprocess
 from visattn.models.looker import Looker, Policy, Rollout
 from visattn.models.policy import GaussianPolicy
 from visattn.models.recurrent_attention import RecurrentAttention
-from visattn.tasks.base import Task, found_class, trained_weights
+from visattn.tasks.base import Task, found_class, mean_over_ranks, trained_weights
 from visattn.tasks.importance import importance
 from visattn.tasks.recognition import Recognition
 from visattn.tasks.run import RunError
@@ -237,7 +236,7 @@ class Looking(Recognition):
             loss = loss - h["entropy_factor"] * rollout.entropies.sum(1).mean()
         if h["ponder"]:
             loss = loss + h["ponder"] * rollout.expected_glimpses.mean()
-        guess = (counts * (returns - rollout.baselines).square()).sum() / counts.sum().clamp_min(1)
+        guess = (counts * (returns - rollout.baselines).square()).sum() / mean_over_ranks(counts.sum()).clamp_min(1)
         learns = h["baseline"] == "learned" and h["learning"] == "reinforce"
         self.log_dict({"train/reward": reward.mean(), "train/cross_entropy": -likelihood.detach().mean()})
         return loss + (guess if learns else 0 * guess)  # so all parameters have a gradient
@@ -332,7 +331,7 @@ class Looking(Recognition):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the probabilities."""
-        return wide(self(batch[0] if isinstance(batch, (list, tuple)) else batch)).softmax(-1)
+        return wide(self.forward(batch[0] if isinstance(batch, (list, tuple)) else batch)).softmax(-1)
 
     def decisions(self, rollout: Rollout) -> Float[Tensor, "m s k"]:
         """Return the logits of each target."""
@@ -377,12 +376,3 @@ def update(scores: MetricCollection, right: dict[str, Bool[Tensor, "*n"]]) -> No
     """Count what is right, for those scores that there are."""
     for name in map(str, scores):
         scores[name].update(right[name].float())
-
-
-def mean_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Return the mean of what all processes have."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

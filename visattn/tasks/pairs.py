@@ -98,11 +98,11 @@ class Verification(Task):
 
     def training_loss(self, batch: Sequence[Tensor]) -> Tensor:
         images, same = batch
-        return F.binary_cross_entropy_with_logits(self(images), same)
+        return F.binary_cross_entropy_with_logits(self.forward(images), same)
 
     def _evaluate(self, batch: Sequence[Tensor], stage: str, accuracy: BinaryAccuracy) -> None:
         images, same = batch
-        logits = self(images).float()
+        logits = self.forward(images).float()
         loss = F.binary_cross_entropy_with_logits(logits, same)
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images))
         accuracy.update((logits > 0).int(), same.int())
@@ -116,7 +116,7 @@ class Verification(Task):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the probabilities of two classes and of one."""
-        same = self(batch[0] if isinstance(batch, (list, tuple)) else batch).float().sigmoid()
+        same = self.forward(batch[0] if isinstance(batch, (list, tuple)) else batch).float().sigmoid()
         return torch.stack((1 - same, same), 1)
 
     @property

@@ -5,7 +5,9 @@ import csv
 import os
 import platform
 import shlex
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +24,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.layer_sync import LayerSync
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -109,7 +112,16 @@ class TimmSyncBatchNorm(LayerSync):
 
 
 class Log(CSVLogger):
-    """Lightning's CSV log, which goes on where that of a resumed run left off."""
+    """Lightning's CSV log, which goes on where that of a resumed run left off; a row is written when it is known.
+
+    Args:
+        since: The step from which a run goes on; what was logged of it and of later ones is left out. None: nothing.
+        options: As of ``CSVLogger``.
+    """
+
+    def __init__(self, *args: Any, since: int | None = None, **options: Any):
+        super().__init__(*args, **{"flush_logs_every_n_steps": 1} | options)
+        self.since = since
 
     @property
     @rank_zero_experiment
@@ -117,6 +129,8 @@ class Log(CSVLogger):
         if self._experiment is None:
             file = Path(self.log_dir, "metrics.csv")
             rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+            if self.since is not None:
+                rows = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) < self.since]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Experiment logs directory")
                 started = super().experiment
@@ -198,6 +212,8 @@ class Outcome(Callback):
                 Path(folder(trainer), CHECKPOINTS, name).unlink(missing_ok=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, Exception):
+            end_others(trainer.strategy.launcher)
         began = trainer.state.fn == "fit" and trainer.global_step and not trainer.fast_dev_run
         together = isinstance(exception, Preempted)  # all processes are here, after the same step
         if not began or not (trainer.is_global_zero or together):
@@ -237,7 +253,7 @@ class Outcome(Callback):
         if file is None:
             return
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if isinstance(pl_module.model, FSDPModule):  # which cannot be copied
+        if isinstance(pl_module, FSDPModule):  # parts of which cannot be copied
             network: Any = load(file)
         else:
             network = copy.deepcopy(pl_module.model).cpu()
@@ -309,6 +325,19 @@ class Predictions(Callback):
             csv.writer(opened).writerows([["image", *header], *self.rows])
         print(f"{len(self.rows)} predictions are in {file}")
         self.rows = []
+
+
+def end_others(launcher: Any, seconds: float = 5.0) -> None:
+    """Say how processes have ended that this one started, and end those that go on, in vain, without it."""
+    others = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+    until = time.monotonic() + seconds
+    while any(other.poll() is None for other in others) and time.monotonic() < until:
+        time.sleep(0.1)
+    for number, other in enumerate(others, 1):
+        if other.poll() is None:
+            other.kill()
+        elif other.returncode < 0:  # else it says itself why
+            print(f"process {number} ended by {signal.Signals(-other.returncode).name}", file=sys.stderr)
 
 
 def _said(data: Any) -> str:
