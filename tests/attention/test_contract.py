@@ -300,6 +300,7 @@ def test_compiles_without_a_break(case, training, unchecked):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_case_in_time
 def test_exports_with_dynamic_batch_and_size(case, unchecked):
     module = (nn.Sequential if case.inputs == 1 else OfTwo)(case.lively())  # whose forward names its arguments
