@@ -234,10 +234,11 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 axes.plot(theirs, at, "o", markersize=4, alpha=0.6, color=color)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_title(f"{title}: theirs / ours")
+        axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.set_yticks(range(len(names)), [f"{name} ({other})" for name, other in names], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle("theirs / ours")
     FigureCanvasAgg(figure).print_png(file)
 
 
