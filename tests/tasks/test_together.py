@@ -262,6 +262,7 @@ def outcome(case: str, folder: Path, engine: str | None = None) -> dict[str, Any
 def join(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
     base.PART = 2000  # so that small networks are divided into parts
+    os.environ.pop("PL_GLOBAL_SEED", None)  # which Lightning would draw weights by, in several processes alone
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     work(rank, *arguments)
     dist.destroy_process_group()
