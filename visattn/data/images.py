@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -449,15 +450,16 @@ class Images(pl.LightningDataModule):
             found,
             self.splits[found],
             self.preprocess,
-            augmentation=self.augmentation() if train else None,
+            augmentation=self.augmentation if train else None,
             seed=self.seed,
             train=train,
             strict=self.strict,
             names=names,
         )
 
+    @cached_property
     def augmentation(self) -> Augmentation | DeviceAugmentation | None:
-        """Return what chance does to a training image, and where."""
+        """What chance does to a training image, and where; known after :meth:`setup`."""
         if not isinstance(self.augment, Augment):
             return None
         return (DeviceAugmentation if self.augment_on == "device" else Augmentation)(self.augment, self.preprocess)
@@ -465,9 +467,8 @@ class Images(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not (isinstance(batch, (list, tuple)) and isinstance(batch[0], Unfinished)):
             return batch
-        augmentation = self.augmentation()
-        assert isinstance(augmentation, DeviceAugmentation)
-        images = augmentation.finish(batch[0])
+        assert isinstance(self.augmentation, DeviceAugmentation)
+        images = self.augmentation.finish(batch[0])
         return batch._replace(images=images) if hasattr(batch, "_replace") else [images, *batch[1:]]
 
     def loader(self, samples: Samples, sampler: DistributedSampler | None) -> Loader:
