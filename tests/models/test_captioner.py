@@ -104,6 +104,24 @@ def test_features_of_a_frozen_backbone_say_the_same():
     torch.testing.assert_close(model.decoder(model.ready(kept), words).features, model.told(images, words).features)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_convnext", {"in_chans": 1}),
+        ("mobilenetv3_small_050", {}),
+        ("naflexvit_base_patch16_gap", {"depth": 1, "embed_dim": 32, "num_heads": 2}),  # no convolution
+    ],
+)
+def test_what_regions_do_not_read_of_a_backbone_asks_for_no_gradient(name, options):
+    backbone = timm.create_model(name, num_classes=0, **options)
+    captioner = Captioner(5, backbone=backbone, width=8)
+    captioner.features(torch.randn(2, options.get("in_chans", 3), 64, 64)).sum().backward()
+    read = {parameter for parameter, p in backbone.named_parameters() if p.grad is not None}
+    assert len(read) < len([*backbone.parameters()])
+    captioner.freeze_unread()
+    assert {parameter for parameter, p in backbone.named_parameters() if p.requires_grad} == read
+
+
 @pytest.mark.slow
 def test_learns_a_sentence_by_heart():
     torch.manual_seed(0)

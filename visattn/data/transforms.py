@@ -101,8 +101,12 @@ class Preprocess:
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Return uint8 pixels of shape (h, w) or (h, w, c) as a normalised float tensor of shape (c, h, w)."""
-        x = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous().float()
-        return x.div_(255).sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+        return self.standardise(planes(pixels).float().div_(255))
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Normalise images on the scale from 0 to 1, in place."""
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return x.sub_(mean).div_(std)
 
     @classmethod
     def of(cls, model: Any) -> "Preprocess":
@@ -124,6 +128,11 @@ class Preprocess:
             interpolation=config["interpolation"],
             crop_pct=float(config["crop_pct"]),
         )
+
+
+def planes(pixels: np.ndarray) -> Tensor:
+    """Return pixels of shape (h, w) or (h, w, c) as a tensor of shape (c, h, w)."""
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
 
 def spread(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -256,8 +265,7 @@ class DeviceAugmentation:
     def __call__(self, image: "Image.Image | np.ndarray", seed: Sequence[int]) -> Unfinished:
         """Return the image, cropped under the chance that ``seed`` stands for, and what else that does to it."""
         chance = np.random.default_rng(seed)
-        pixels = self.crop.pixels(image, chance)
-        x = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+        x = planes(self.crop.pixels(image, chance))
         flip = 0.5 if self.augment.flip is None else self.augment.flip
         drawn = [chance.random() < flip, *(1 + self.augment.jitter * chance.uniform(-1, 1, 3))]
         drawn += self.erased(chance) if chance.random() < self.augment.erase else [0] * 4
@@ -284,8 +292,7 @@ class DeviceAugmentation:
             x = (brightness * x).clamp(0, 1)
             x = torch.lerp(self.grey(x).mean((-1, -2), keepdim=True), x, contrast).clamp(0, 1)
             x = torch.lerp(self.grey(x), x, saturation).clamp(0, 1)
-        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.preprocess.mean, self.preprocess.std))
-        x = (x - mean) / std
+        x = self.preprocess.standardise(x)
         if self.augment.erase:
             rows, columns = (torch.arange(size, device=x.device) for size in x.shape[-2:])
             rows = rows[:, None]

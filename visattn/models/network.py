@@ -142,12 +142,13 @@ def look(backbone: nn.Module) -> Seen:
 
 def image_for(backbone: nn.Module) -> Float[Tensor, "2 c h w"]:
     """Return images, on the meta device, such as a backbone was made for."""
-    first = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     config: Any = getattr(backbone, "pretrained_cfg", None) or {}
     declared = config.get("input_size") or (3, 224, 224)
+    first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), declared[0])
     sizes: Any = (m.img_size for m in backbone.modules() if isinstance(getattr(m, "img_size", None), tuple))
-    channels = first.in_channels if first.in_channels <= 4 else declared[0]  # else it is given small squares
-    return torch.empty(2, channels, *next(sizes, declared[1:]), device="meta", dtype=first.weight.dtype)
+    channels = first if first <= 4 else declared[0]  # else it is given small squares
+    dtype = next(backbone.parameters()).dtype
+    return torch.empty(2, channels, *next(sizes, declared[1:]), device="meta", dtype=dtype)
 
 
 def named(argument: str, name: str, own: Sequence[str] = (), **options: Any) -> nn.Module:
