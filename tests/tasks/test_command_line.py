@@ -357,6 +357,16 @@ def test_a_batch_is_shared_by_all_processes(tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["total_batch"] == 16
 
 
+@pytest.mark.parametrize(("more", "level"), [("", "high"), ("--matmul_precision medium", "medium")])
+def test_matrix_products_are_as_exact_as_asked(more, level):
+    before = torch.get_float32_matmul_precision()
+    try:
+        run_cli(tiny("fit", f"{more} --trainer.max_steps 1 --trainer.limit_val_batches 0"))
+        assert torch.get_float32_matmul_precision() == level
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused():
     assert share(12, 3, 2) == 2
     with pytest.raises(ValueError, match=r"total_batch must be a multiple of 6, for 3 processes .*=2, got 64"):

@@ -95,6 +95,9 @@ class CommandLine(LightningCLI):
         parser.add_argument("--total_batch", type=int | None, default=None, help=total)
         scaling = "multiply learning rates by the number of processes (linear), or by its square root (root)"
         parser.add_argument("--scale_lr", type=Literal["linear", "root"] | None, default=None, help=scaling)
+        products = "of float32 matrix products: high has TF32 where a GPU has it, medium also bfloat16 where a CPU has it"
+        levels = Literal["highest", "high", "medium"]
+        parser.add_argument("--matmul_precision", type=levels, default="high", help=products)
         parser.add_lightning_class_args(Best, "checkpoint")
         defaults = {"filename": "best", "monitor": self.task.monitor, "mode": "max", "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
@@ -112,6 +115,7 @@ class CommandLine(LightningCLI):
         self.since, self.known = resumption(self.ckpt_path) if self.ckpt_path else (None, None)
 
     def instantiate_classes(self) -> None:
+        torch.set_float32_matmul_precision(self.config[self.subcommand]["matmul_precision"])
         super().instantiate_classes()
         options = self.config_init[self.subcommand]
         self.model.scale_lr = options["scale_lr"]
@@ -169,7 +173,6 @@ class CommandLine(LightningCLI):
 
 def run_cli(args: list[str] | None = None) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` and leave the process with a code where it fails."""
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda said: "Tip:" not in said.getMessage())
