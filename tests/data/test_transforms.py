@@ -68,6 +68,27 @@ def test_preprocess_refuses(fields, message, unchecked):
         dataclasses.replace(RGB, **fields)
 
 
+@pytest.mark.parametrize("crop", [1.0, 0.8])
+@pytest.mark.parametrize("photo", [(120, 90), (60, 200), (33, 77)])
+def test_a_box_is_where_preprocess_puts_what_is_in_it(photo, crop):
+    transform = Preprocess((1, 64, 96), mean=(0.0,), std=(1.0,), interpolation="nearest", crop_pct=crop)
+    height, width = photo
+    x0, y0, x1, y1 = width // 3, height // 3, width // 3 + 20, height // 3 + 15
+    pixels = np.zeros(photo, np.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    rows, columns = transform(Image.fromarray(pixels))[0].nonzero().unbind(1)
+    lit = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)).float()
+    torch.testing.assert_close(
+        transform.boxes(torch.tensor([[x0, y0, x1, y1]]).float(), photo)[0], lit, rtol=0, atol=1.5
+    )
+
+
+def test_a_box_that_is_cropped_away_is_left_out():
+    transform = Preprocess((3, 50, 50), mean=(0.5,) * 3, std=(0.2,) * 3)
+    found = transform.boxes(torch.tensor([[0.0, 0, 20, 100], [40, 10, 90, 30]]), (100, 200))
+    assert found.tolist() == [[0, 5, 20, 15]]
+
+
 def test_preprocess_refuses_pixels_that_are_no_bytes():
     with pytest.raises(ValueError, match=r"pixels must be uint8 of shape .*, got float32 \(8, 8\)"):
         RGB(np.zeros((8, 8), np.float32))

@@ -31,7 +31,6 @@ from visattn.explain import (
     explain,
     looking,
     pointing,
-    seen,
     shuffled,
     spatial,
 )
@@ -252,7 +251,7 @@ def inside(boxes: Boxes, name: str, label: str, file: Path, transform: Any) -> T
         return torch.zeros(0, 4)
     with Image.open(file) as photo:
         width, height = as_seen(photo, 3).size
-    return seen(torch.tensor(here), (height, width), transform)
+    return transform.boxes(torch.tensor(here), (height, width))
 
 
 def pointed(subject: Subject, boxes: Tensor, tolerance: float) -> dict[str, Finding]:

@@ -108,6 +108,20 @@ class Preprocess:
         mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
+    def boxes(self, boxes: Float[Tensor, "k 4"], photo: tuple[int, int]) -> Float[Tensor, "m 4"]:
+        """Return where boxes of a photo are in what a model reads of it; those of which it reads nothing are left out.
+
+        Args:
+            boxes: The first column and row and those behind the last, in pixels of the upright photo.
+            photo: Its height and width.
+        """
+        view = torch.tensor(self.input_size[1:], dtype=boxes.dtype)
+        sides = torch.tensor(photo, dtype=boxes.dtype)
+        whole = sides * (view / self.crop_pct / sides).max()  # of which the middle is read
+        places = boxes.view(-1, 2, 2) * (whole / sides).flip(0) - ((whole - view) / 2).flip(0)
+        found = torch.minimum(places.clamp_min(0), view.flip(0)).view(-1, 4)
+        return found[(found[:, 2:] > found[:, :2]).all(1)]
+
     @classmethod
     def of(cls, model: Any) -> "Preprocess":
         """Return what a timm model was trained to expect, at its own number of channels and its own input size."""

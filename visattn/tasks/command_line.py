@@ -95,7 +95,9 @@ class CommandLine(LightningCLI):
         parser.add_argument("--total_batch", type=int | None, default=None, help=total)
         scaling = "multiply learning rates by the number of processes (linear), or by its square root (root)"
         parser.add_argument("--scale_lr", type=Literal["linear", "root"] | None, default=None, help=scaling)
-        products = "of float32 matrix products: high has TF32 where a GPU has it, medium also bfloat16 where a CPU has it"
+        products = (
+            "of float32 matrix products: high has TF32 where a GPU has it, medium also bfloat16 where a CPU has it"
+        )
         levels = Literal["highest", "high", "medium"]
         parser.add_argument("--matmul_precision", type=levels, default="high", help=products)
         parser.add_lightning_class_args(Best, "checkpoint")
