@@ -270,7 +270,7 @@ def test_goes_on_by_itself_from_a_captioner_that_was_trained(fit, tmp_path):
     losses = Losses()
     fit(task, losses, max_epochs=2)
     assert "train/reward" in losses.all[-1]
-    with pytest.raises(ValueError, match="start must be a captioner that was trained already for self_critical"):
+    with pytest.raises(ValueError, match="start must be a trained captioner for self_critical learning, got None"):
         fit(Captioning(**LITTLE | {"learning": "self_critical"}))
 
 
@@ -308,6 +308,13 @@ def test_scores_are_those_of_all_images_once(data, monkeypatch):
 
 TINY = {"backbone_args": {"in_chans": 1, "channels": [8, 8, 16, 16], "stem_width": 8, "output_stride": 8}}
 LAYERED = partial(TransformerDecoder, width=16, depth=2, heads=2, maps="all")
+
+
+def test_canvases_that_come_once_have_nothing_to_score_samples_by(fit):
+    with pytest.raises(
+        ValueError, match="must not be self_critical on DescribedCanvas, where"
+    ):
+        fit(Captioning(**LITTLE | TINY | {"learning": "self_critical", "start": "anywhere"}), of=digits())
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,14 @@ class Captioning(Task):
             size = getattr(data, "input_size", None)
             insert(self.model.backbone, self.inserted, at=h["at"], gate=h["gate"], input_size=size)
         fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        if h["learning"] == "self_critical" and fits:
+            if not hasattr(data, "references"):
+                kind = type(data).__name__
+                raise ValueError(f"learning must not be self_critical on {kind}, where no image is captioned twice")
+            if h["start"] is None:
+                raise ValueError("start must be a trained captioner for self_critical learning, got None")
         if fits and h["start"] is not None:
             self.begin_with(h["start"])
-        if h["learning"] == "self_critical" and fits and h["start"] is None:
-            raise ValueError("start must be a captioner that was trained already for self_critical learning, got None")
         if h["doubly"] and not any(isinstance(module, MemoryAttention) for module in self.model.decoder.modules()):
             raise ValueError(f"doubly must be 0 for {type(self.model.decoder).__name__}, which looks nowhere")
         if h["learning"] == "wake_sleep":
