@@ -4,8 +4,8 @@ A counterpart is the same function in timm, torchvision or torch; where ours has
 equation reads, which makes the weights first and then reads by them. Prints a Markdown table for one thread of a
 processor. Ratios are medians over interleaved rounds with their quartiles, above 1 where ours is faster. Memory is what
 a call holds from the allocator at most. Each row has a process of its own, since what a process did before decides how
-dear fresh memory is. Where a matrix of all pairs would not fit, the row has fewer images. A module without counterparts
-has no ratio, and is timed in two rounds.
+dear fresh memory is. Where a matrix of all pairs would not fit, the row has fewer images. A module without
+counterparts, or whose counterpart would not fit for one image, has no ratio, and is timed in two rounds.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import inspect
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -151,7 +151,7 @@ def counterparts(name: str) -> dict[str, tuple[Maker, Maker]]:
 
 
 def fitting(cls: type[Attention], size: tuple[int, ...], against: str) -> tuple[int, ...]:
-    """The size with as many images as leave the matrix of all pairs in memory."""
+    """The size with as many images as leave the matrix of all pairs in memory, which may be none."""
     batch, channels, height, width = size
     if against == "its equation" and cls.queried:
         batch = min(batch, PAIRS // (8 * (height * width) ** 2))
@@ -162,7 +162,7 @@ def row(name: str, against: str, size: tuple[int, ...], compiled: bool, rounds: 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     _, channels, *grid = size
-    makers = counterparts(name)[against]
+    makers: Sequence[Maker] = counterparts(name)[against] if against else [partial(make, zoo()[name])] * 2
     sides = [maker(channels, tuple(grid)) for maker in makers]
     given = inspect.signature(zoo()[name].attend).parameters.values()
     count = sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in given) - 1  # without self
@@ -258,11 +258,15 @@ def main() -> None:
     rows = [row for row in rows if row["compiled"] == args.compiled and row["module"] in args.only]
     done = {(row["module"], row["counterpart"], tuple(row["size"])) for row in rows}
     for name in args.only:
-        for against in counterparts(name):
-            rounds = args.rounds if against else 2
-            for size in dict.fromkeys(fitting(zoo()[name], size, against) for size in sizes):
-                if not size[0] or (name, against, size) in done:
+        for peer in counterparts(name):
+            for wanted in sizes:
+                size, against = fitting(zoo()[name], wanted, peer), peer
+                if not size[0]:  # a peer that would not fit: ours alone
+                    size, against = wanted, ""
+                if (name, against, size) in done:
                     continue
+                done.add((name, against, size))
+                rounds = args.rounds if against else 2
                 try:  # in a process of its own, whose end for want of memory leaves the others
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                         future = pool.submit(row, name, against, size, args.compiled, rounds)
