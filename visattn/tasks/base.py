@@ -142,7 +142,8 @@ class Task(pl.LightningModule):
         if seed := os.environ.get("PL_GLOBAL_SEED"):  # so that a resumed run draws what an uninterrupted one would
             place = (int(seed), self.current_epoch, batch_idx, self.global_rank)
             drawn = [int(number) for number in np.random.SeedSequence(place).generate_state(2)]
-            torch.manual_seed(drawn[0])
+            alone = self.device.type == "cpu"  # torch.manual_seed writes down the stack for GPUs that are yet to start
+            (torch.default_generator.manual_seed if alone else torch.manual_seed)(drawn[0])
             random.seed(drawn[0])
             np.random.seed(drawn[1])  # noqa: NPY002 - what timm's Mixup draws from
 
