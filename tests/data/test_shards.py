@@ -249,6 +249,38 @@ def test_shards_of_a_url_are_fetched_once_and_checked(photos, shards, tmp_path):
         list(made(f"file://{shards}").val_dataloader())
 
 
+def test_shards_of_a_url_make_room_for_one_another(shards, tmp_path, monkeypatch):
+    place = Shards(f"file://{shards}")
+    sizes = [known["bytes"] for known in place.about["shards"]]
+    monkeypatch.setenv("VISATTN_CACHE_GIB", str((sum(sizes[:3]) + 1) / 2**30))
+    first = [int(np.flatnonzero(place.shard == number)[0]) for number in range(len(sizes))]
+
+    def kept() -> set[int]:
+        there = {file.stem for file in (tmp_path / "cache").rglob("*.tar")}
+        return {n for n, known in enumerate(place.about["shards"]) if known["sha256"][:16] in there}
+
+    near = Shards(str(shards))
+    for number in (0, 1, 2):
+        assert place.load(first[number]) == near.load(first[number])
+    assert kept() == {0, 1, 2}
+    place.opened.clear()
+    place.load(first[0])  # wanted again, so 1 is now the one that was wanted longest ago
+    place.load(first[3])
+    assert kept() >= {0, 3}
+    assert 1 not in kept()
+    assert place.load(first[1] + 1) == near.load(first[1] + 1)  # still open, though it is gone
+    place.opened.clear()
+    assert place.load(first[1]) == near.load(first[1])  # fetched again
+    with place.here(0), place.here(1):
+        monkeypatch.setenv("VISATTN_CACHE_GIB", "0")
+        place.load(first[4])
+        assert kept() == {0, 1, 4}
+    monkeypatch.setenv("VISATTN_CACHE_GIB", "much")
+    place.opened.clear()
+    with pytest.raises(DataError, match="VISATTN_CACHE_GIB must be a number of GiB, got 'much'"):
+        place.load(first[2])
+
+
 def test_a_place_travels_to_workers_that_are_spawned(shards):
     place = Shards(str(shards))
     before = place.load(3)

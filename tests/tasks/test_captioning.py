@@ -311,9 +311,7 @@ LAYERED = partial(TransformerDecoder, width=16, depth=2, heads=2, maps="all")
 
 
 def test_canvases_that_come_once_have_nothing_to_score_samples_by(fit):
-    with pytest.raises(
-        ValueError, match="must not be self_critical on DescribedCanvas, where"
-    ):
+    with pytest.raises(ValueError, match="must not be self_critical on DescribedCanvas, where"):
         fit(Captioning(**LITTLE | TINY | {"learning": "self_critical", "start": "anywhere"}), of=digits())
 
 

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import tarfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from visattn.data.sources import DataError, Files, Packed, Place, Source, Split, abridged
@@ -29,6 +30,7 @@ from visattn.data.transforms import Augment
 ABOUT, SAMPLES, CAPTIONS, JOURNAL = "shards.json", "samples.npz", "captions.json", "written.jsonl"
 VERSION = 1
 CACHE = "VISATTN_CACHE"  # the variable that says where shards of a URL are kept
+LIMIT = "VISATTN_CACHE_GIB"  # and the one that says how many GiB they may take
 OPEN = 64  # shards that a process holds open
 
 
@@ -43,7 +45,8 @@ class Shards(Files):
     """Files in shards, in the order in which they were before; a shard is looked at when one of its files is wanted.
 
     A shard of a URL is fetched once for all processes of a machine, compared with its checksum, and kept in
-    ``VISATTN_CACHE`` (``~/.cache/visattn``).
+    ``VISATTN_CACHE`` (``~/.cache/visattn``). Where ``VISATTN_CACHE_GIB`` says how much may be kept, those that were
+    wanted longest ago make room for others.
 
     Args:
         root: A folder of shards, or its URL, of any kind that fsspec knows.
@@ -79,7 +82,7 @@ class Shards(Files):
             self.opened.move_to_end(number)
             return self.opened[number]
         try:
-            with self.here(number).open("rb") as file:
+            with self.here(number) as path, path.open("rb") as file:
                 self.opened[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ShardError as error:
             self.lost[number] = str(error)
@@ -88,20 +91,23 @@ class Shards(Files):
             self.opened.popitem(last=False)
         return self.opened[number]
 
-    def here(self, number: int) -> Path:
-        """Return the file of a shard, which is fetched where it lies elsewhere."""
+    @contextmanager
+    def here(self, number: int) -> Iterator[Path]:
+        """Give the file of a shard, which is fetched where it lies elsewhere, and stays as long as it is wanted."""
         known = self.about["shards"][number]
         if isinstance(self.root, Path):
             file = self.root / known["name"]
             if wrong := amiss(file, known):
                 raise ShardError(f"shard {file} {wrong}")
-            return file
-        folder = Path(os.environ.get(CACHE, "~/.cache/visattn"), "shards").expanduser()
-        folder /= hashlib.sha256(self.root.encode()).hexdigest()[:16]
+            yield file
+            return
+        cache = Path(os.environ.get(CACHE, "~/.cache/visattn"), "shards").expanduser()
+        folder = cache / hashlib.sha256(self.root.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         file, part = folder / f"{known['sha256'][:16]}.tar", folder / f".{known['name']}.part"
         with FileLock(f"{file}.lock"):
             if amiss(file, known):
+                make_room(cache, known["bytes"])
                 try:
                     files, path = fsspec.core.url_to_fs(f"{self.root}/{known['name']}")
                     files.get_file(path, str(part))
@@ -112,18 +118,44 @@ class Shards(Files):
                     part.unlink()
                     raise ShardError(f"shard {self.root}/{known['name']} {wrong}")
                 part.replace(file)
-        return file
+            os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))  # many disks note no reading by themselves
+            yield file
 
     def check(self) -> Iterator[tuple[str, str | None]]:
         """Yield every shard with what is wrong with it, all its bytes compared with its checksum."""
         for number, known in enumerate(self.about["shards"]):
             try:
-                yield known["name"], amiss(self.here(number), known, whole=True)
+                with self.here(number) as file:
+                    wrong = amiss(file, known, whole=True)
             except ShardError as error:
-                yield known["name"], str(error)
+                wrong = str(error)
+            yield known["name"], wrong
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": OrderedDict()}
+
+
+def make_room(cache: Path, size: int) -> None:
+    """Remove shards that nobody opens just now, those first that were wanted longest ago, until this size fits."""
+    given = os.environ.get(LIMIT)
+    if not given:
+        return
+    try:
+        limit = float(given)
+    except ValueError:
+        raise DataError(f"{LIMIT} must be a number of GiB, got {given!r}") from None
+    taken = []
+    for file in cache.glob("*/*.tar"):
+        with suppress(FileNotFoundError):  # another process made room
+            stat = file.stat()
+            taken.append((stat.st_atime_ns, stat.st_size, file))
+    over = size + sum(each for _, each, _ in taken) - limit * 2**30
+    for _, each, file in sorted(taken):
+        if over <= 0:
+            break
+        with suppress(Timeout), FileLock(f"{file}.lock", timeout=0):
+            file.unlink(missing_ok=True)
+            over -= each
 
 
 def said(root: str, name: str, read: Callable[[bytes], Any]) -> Any:
