@@ -44,9 +44,9 @@ def missing(rows: Rows) -> str:
     """Say what has not been measured; by name where that is little. Batches that would not fit are smaller."""
     lines = []
     for batch, *rest in (*SIZES, LARGE):
-        found = {row["module"] for row in rows if row["size"][1:] == rest and (row["size"][0] > 8) == (batch > 8)}
+        found = {row["module"] for row in rows if row["size"][1:] == rest and row["size"][0] in {batch, *range(8)}}
         absent = [name for name in zoo() if name not in found]
-        names = f": {', '.join(absent)}" if len(absent) <= 12 else ""
+        names = f": {', '.join(absent)}" if len(absent) <= 20 else ""
         lines += [f"- at {'×'.join(map(str, (batch, *rest)))}, {len(absent)} of {len(zoo())}{names}"] if absent else []
     return "\n".join(lines) or "- nothing"
 

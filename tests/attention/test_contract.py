@@ -288,7 +288,7 @@ def test_takes_any_size_one_sample_at_a_time(case, side, training):
 
 
 @every_case_in_time
-@either_mode
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"])
 def test_compiles_without_a_break(case, training, unchecked):
     module, x = case.lively().train(training), case.input()
     twin = copy.deepcopy(module)
