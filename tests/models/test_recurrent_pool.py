@@ -18,7 +18,7 @@ def test_the_stages_ask_the_last_map():
         maps.append(y := stage(y))
     h = c = torch.zeros(2, 96)
     lstm = torch.nn.LSTMCell(96, 96)
-    lstm.load_state_dict({name.removesuffix("_l0"): value for name, value in pool.memory.state_dict().items()})
+    lstm.load_state_dict(pool.memory.state_dict())
     for step, one in zip(pool.steps, maps[:-1], strict=True):
         h, c = lstm(step(one.mean((2, 3))), (h, c))
     tokens, attention = maps[-1].flatten(2).mT, pool.attention

@@ -61,13 +61,8 @@ def test_every_task_is_there():
     assert {name.partition(",")[0] for name in CASES} == set(known_tasks())
 
 
-LSTM = pytest.mark.xfail(strict=True, reason="dynamo breaks at torch's LSTM, which asks where the stages should look")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=LSTM) if name.endswith("recurrent pool") else name for name in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_has_no_break(case, unchecked):
     make, *inputs = CASES[case]
     found = torch._dynamo.explain(make().train())(*inputs)

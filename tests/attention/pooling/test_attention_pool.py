@@ -68,7 +68,7 @@ def test_equals_the_paper_in_loops(query):
             lstm = module.memory
             for step, stage in zip(module.steps, stages, strict=True):
                 v = step.weight @ stage[b].mean((1, 2)) + step.bias
-                gates = lstm.weight_ih_l0 @ v + lstm.bias_ih_l0 + lstm.weight_hh_l0 @ h + lstm.bias_hh_l0
+                gates = lstm.weight_ih @ v + lstm.bias_ih + lstm.weight_hh @ h + lstm.bias_hh
                 i, f, g, o = gates.chunk(4)
                 c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 h = o.sigmoid() * c.tanh()

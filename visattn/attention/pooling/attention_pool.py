@@ -1,7 +1,7 @@
 """Radford et al.: Learning Transferable Visual Models From Natural Language Supervision (ICML 2021)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -76,7 +76,7 @@ class AttentionPool(Attention):
             self.latent = nn.Parameter(torch.randn(1, channels) * channels**-0.5)
         else:
             self.steps = nn.ModuleList(nn.Linear(width, channels) for width in stages)
-            self.memory = nn.LSTM(channels, channels, batch_first=True)
+            self.memory = nn.LSTMCell(channels, channels)  # torch.compile breaks at nn.LSTM
 
     def attend(self, x: Float[Tensor, "b c h w"], *stages: Float[Tensor, "b _ _ _"]) -> Float[Tensor, "b heads 1 m"]:
         tokens = self._tokens(x)
@@ -107,5 +107,7 @@ class AttentionPool(Attention):
             return self.latent
         if len(stages) != len(self.steps):
             raise ValueError(f"stages must be {len(self.steps)} maps before the last, got {len(stages)}")
-        sequence = [step(stage.mean((2, 3))) for step, stage in zip(self.steps, stages, strict=True)]
-        return self.memory(torch.stack(sequence, 1))[1][0][0]
+        state: Any = None
+        for step, stage in zip(self.steps, stages, strict=True):
+            state = self.memory(step(stage.mean((2, 3))), state)
+        return state[0]
