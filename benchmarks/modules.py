@@ -147,7 +147,7 @@ def counterparts(name: str) -> dict[str, tuple[Maker, Maker]]:
         found["timm, scale"] = (sized(timms.GlobalContext, rd_ratio=1 / 16), ours(fusion="scale"))
     if cls.forward is not Attention.forward:
         found["its equation"] = (lambda channels, size: Plain(make(cls, channels, size)), ours())
-    return found or {"": (ours(), ours())}
+    return found
 
 
 def fitting(cls: type[Attention], size: tuple[int, ...], against: str) -> tuple[int, ...]:
@@ -258,7 +258,7 @@ def main() -> None:
     rows = [row for row in rows if row["compiled"] == args.compiled and row["module"] in args.only]
     done = {(row["module"], row["counterpart"], tuple(row["size"])) for row in rows}
     for name in args.only:
-        for peer in counterparts(name):
+        for peer in counterparts(name) or [""]:
             for wanted in sizes:
                 size, against = fitting(zoo()[name], wanted, peer), peer
                 if not size[0]:  # a peer that would not fit: ours alone
