@@ -1,3 +1,5 @@
+import csv
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -13,10 +15,12 @@ from visattn.attention import CBAM, AdditiveAttention, CoverageAttention, HardAt
 from visattn.checkpoint import CheckpointError
 from visattn.data.captions import CaptionBatch, Captions
 from visattn.data.described import DescribedCanvas
+from visattn.metrics import evaluate
 from visattn.metrics.cider import CiderD
 from visattn.models.decoders import LuongDecoder, PooledDecoder, ShowAttendAndTell, TransformerDecoder
 from visattn.tasks import Captioning
 from visattn.tasks.captioning import Heard
+from visattn.tasks.run import Predictions
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 SMALL = partial(ShowAttendAndTell, hidden=24, embedding=16, dropout=0.0, first="begin")
@@ -308,6 +312,24 @@ def test_scores_are_those_of_all_images_once(data, monkeypatch):
 
 TINY = {"backbone_args": {"in_chans": 1, "channels": [8, 8, 16, 16], "stem_width": 8, "output_stride": 8}}
 LAYERED = partial(TransformerDecoder, width=16, depth=2, heads=2, maps="all")
+
+
+def test_what_a_test_hears_is_kept_for_other_scores(data, trainer, tmp_path):
+    found = trainer()
+    found.test(Captioning(**LITTLE), datamodule=data())
+    kept = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert {Path(line["image"]).name for line in kept} == {f"{k}.png" for k in range(12, 20)}
+    assert all(len(line["references"]) == 3 for line in kept)
+    scores = evaluate([line["caption"] for line in kept], [line["references"] for line in kept])
+    assert scores["cider_d"] == pytest.approx(float(found.callback_metrics["test/cider_d"]), abs=1e-6)
+
+
+def test_predictions_are_sentences(data, trainer, tmp_path):
+    said = trainer(Predictions()).predict(Captioning(**LITTLE), datamodule=data())
+    rows = list(csv.reader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert rows[0] == ["image", "caption"]
+    assert [row[1] for row in rows[1:]] == [sentence for batch in said for sentence in batch]
+    assert {Path(row[0]).name for row in rows[1:]} == {f"{k}.png" for k in range(12, 20)}
 
 
 def test_canvases_that_come_once_have_nothing_to_score_samples_by(fit):

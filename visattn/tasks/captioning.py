@@ -1,8 +1,10 @@
 """Say what is in a picture: a backbone of timm and a decoder that looks at its map, trained by Lightning."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -34,7 +36,7 @@ from visattn.models.proposal import Proposal, draw
 from visattn.surgery import insert, insertions
 from visattn.tasks.base import Task, known_to_timm, mean_over_ranks, plainly, trained_weights
 from visattn.tasks.importance import importance
-from visattn.tasks.run import RunError
+from visattn.tasks.run import RunError, folder
 
 MakeAttention = Callable[[int], Attention]
 MakeDecoder = Callable[[int, int], Decoder]
@@ -68,7 +70,8 @@ class Captioning(Task):
     wake-sleep learning (arXiv:1509.06812), in which a :class:`~visattn.models.proposal.Proposal` that knows the caption
     says where to look, and its draws count by how well they go with words and attention.
 
-    A validation says what it sees, by a beam, and compares it with what people said.
+    A validation says what it sees, by a beam, and compares it with what people said. A test also writes all sentences,
+    an image a line, to ``test.jsonl`` in the folder of the run.
 
     Args:
         backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
@@ -489,6 +492,16 @@ class Captioning(Task):
             self.log(f"{stage}/exact", share([one.said in one.references for one in known]), prog_bar=True)
         if pointed := [each for one in known for each in one.pointed or []]:
             self.log(f"{stage}/grounded", share(pointed), prog_bar=True)
+        if stage != "val" and self.trainer.is_global_zero:
+            self.keep_said(folder(self.trainer) / f"{stage}.jsonl", found)
+
+    def keep_said(self, file: Path, found: Iterable[Heard]) -> None:
+        """Write what was said about each image, beside what people said."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8") as opened:
+            for one in found:
+                line = {"image": one.name, "caption": one.said, "references": one.references}
+                opened.write(f"{json.dumps(line, ensure_ascii=False)}\n")
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
         """Return the sentences."""

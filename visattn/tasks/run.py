@@ -297,7 +297,7 @@ class Outcome(Callback):
 class Predictions(Callback):
     """Writes what ``predict`` finds to ``predictions.csv``: a row an image, its best labels with their probabilities.
 
-    Where several targets are named one after another, these are the best label of each.
+    Where several targets are named one after another, these are the best label of each; of a captioner, its sentence.
 
     Args:
         most: How many labels a row has at most.
@@ -308,6 +308,9 @@ class Predictions(Callback):
         self.rows: list[list[Any]] = []
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if isinstance(outputs, list):
+            self.rows += ([name, sentence] for name, sentence in zip(batch[1], outputs, strict=True))
+            return
         several, classes = outputs.ndim == 3, outputs.shape[-1]
         best = outputs.cpu().max(-1) if several else outputs.cpu().topk(min(self.most, classes))
         labels = pl_module.labels or [str(number) for number in range(classes)]
@@ -319,9 +322,10 @@ class Predictions(Callback):
         rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = folder(trainer) / f"predictions{rank}.csv"
         file.parent.mkdir(parents=True, exist_ok=True)
-        pairs = max((len(row) // 2 for row in self.rows), default=0)
+        width = max(map(len, self.rows), default=1)
+        pairs = [f"{what}{place}" for place in range(1, width // 2 + 1) for what in ("label", "probability")]
         with file.open("w", newline="", encoding="utf-8") as opened:
-            header = [f"{what}{place}" for place in range(1, pairs + 1) for what in ("label", "probability")]
+            header = ["caption"] if width == 2 else pairs
             csv.writer(opened).writerows([["image", *header], *self.rows])
         print(f"{len(self.rows)} predictions are in {file}")
         self.rows = []
