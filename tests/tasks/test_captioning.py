@@ -369,11 +369,11 @@ def test_exact_sentences_and_peaks_in_boxes_are_shares():
     task, _ = built(digits, **TINY)
     logged = {}
     task.log, task.log_dict = lambda name, value, **_: logged.update({name: value}), logged.update
-    task.heard["test"] = [Heard("1", "a two", ["a two"], [True]), Heard("2", "a one", ["a two"], [False])]
-    task.heard["test"] += [Heard("3", "a two left of a one", ["a two left of a one"], [True, True])]
-    task.compare("test")
-    assert logged["test/exact"] == pytest.approx(2 / 3)
-    assert logged["test/grounded"] == 0.75
+    task.heard["val"] = [Heard("1", "a two", ["a two"], [True]), Heard("2", "a one", ["a two"], [False])]
+    task.heard["val"] += [Heard("3", "a two left of a one", ["a two left of a one"], [True, True])]
+    task.compare("val")
+    assert logged["val/exact"] == pytest.approx(2 / 3)
+    assert logged["val/grounded"] == 0.75
 
 
 @pytest.mark.slow
