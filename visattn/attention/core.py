@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
+
+FEW = 2**22
+"""Weights up to which a processor is faster with the matrix where products are rounded to bfloat16."""
 
 
 def positions_first(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n b c"]:
@@ -40,6 +44,41 @@ def softmax(logits: Tensor, dim: int = -1) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """Return numbers in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def scaled_dot_product(
+    query: Float[Tensor, "*b n d"],
+    key: Float[Tensor, "*b m d"],
+    value: Float[Tensor, "*b m e"],
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "*b n e"]:
+    """Read by softmax attention: ``F.scaled_dot_product_attention``, but for few weights where that is slow.
+
+    On a processor with ``torch.set_float32_matmul_precision("medium")`` the kernel hands tiny products to a library one
+    by one: 800 matrices of 19×19 then take it 16 times as long, forward and backward, as what is written out here.
+    From some millions of weights on it is faster again, as it is at any size without that setting.
+
+    Args:
+        query: What asks.
+        key: What is asked.
+        value: What is read.
+        mask: True where a key can be read by a query, at least one by each; or what is added to the logits.
+        causal: Whether a query reads the keys up to its own place only.
+        scale: Factor of the logits; None: of the square root of the width the reciprocal.
+    """
+    rounded = torch.get_float32_matmul_precision() == "medium" and query.dtype == torch.float32
+    slow = rounded and query.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not plain(query)
+    if not slow or query.shape[:-1].numel() * key.shape[-2] > FEW:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+    if causal:
+        mask = torch.ones_like(logits[(0,) * (logits.ndim - 2)], dtype=torch.bool).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1) @ value
 
 
 def plain(x: Tensor) -> bool:

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from visattn.attention.core import wide
+from visattn.attention.core import scaled_dot_product, wide
 from visattn.attention.memory.core import MemoryAttention, Prepared, spread
 
 
@@ -160,9 +159,9 @@ class MultiHeadAttention(MemoryAttention):
         asked, keys, values = (self._split(each) for each in (self.ask(query).to(prepared.keys.dtype), *prepared[:2]))
         there = self._there(query.shape[1], prepared)
         if there is None:
-            return self._write(query, F.scaled_dot_product_attention(asked, keys, values)), state
+            return self._write(query, scaled_dot_product(asked, keys, values)), state
         empty = ~there.any(2, keepdim=True)
-        read = F.scaled_dot_product_attention(asked, keys, values, attn_mask=(there | empty)[:, None])
+        read = scaled_dot_product(asked, keys, values, mask=(there | empty)[:, None])
         return self._write(query, read.masked_fill(empty[:, None], 0.0)), state
 
     def _there(self, count: int, prepared: Prepared) -> Bool[Tensor, "b r l"] | None:

@@ -3,9 +3,9 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import scaled_dot_product
 
 
 class CrossAttention2d(Attention):
@@ -57,7 +57,7 @@ class CrossAttention2d(Attention):
 
     def forward(self, x: Float[Tensor, "b c h w"], y: Float[Tensor, "b e p q"]) -> Float[Tensor, "b c h w"]:
         (query,), (key, value) = self._heads(self.query, x), self._heads(self.key_value, y)
-        return self._write(x, F.scaled_dot_product_attention(query, key, value))
+        return self._write(x, scaled_dot_product(query, key, value))
 
     def _heads(self, layer: nn.Linear, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b heads n d"], ...]:
         features = layer(x.flatten(2).mT)

@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visattn.attention.base import Attention
+from visattn.attention.core import scaled_dot_product
 from visattn.attention.pairwise.core import Softmax
 from visattn.attention.pairwise.positions import LearnedPositions, RelativeSoftmax, rotate, sinusoid, sinusoid_2d
 
@@ -107,7 +107,7 @@ class MultiHeadSelfAttention2d(Attention):
             y = self.affinity.read(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
             return self._write(x, y.unflatten(0, (-1, self.heads)))
         scale, causal = self.affinity.scale, self.affinity.causal
-        return self._write(x, F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale))
+        return self._write(x, scaled_dot_product(query, key, value, causal=causal, scale=scale))
 
     def _tokens(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         channels, height, width = x.shape[1:]

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.core import positions_first
+from visattn.attention.core import positions_first, scaled_dot_product
 
 
 class Groups(NamedTuple):
@@ -116,7 +115,7 @@ def attend_in_groups(
     Positions come first, so that a group is gathered in rows and one mask serves all samples and heads of it.
     """
     query, key, value = gather(query, groups.queries), gather(key, groups.keys), gather(value, groups.keys)
-    return scatter(F.scaled_dot_product_attention(query, key, value, attn_mask=groups.reached[:, None]), groups)
+    return scatter(scaled_dot_product(query, key, value, mask=groups.reached[:, None]), groups)
 
 
 def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n b c"]:

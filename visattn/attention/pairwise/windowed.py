@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visattn.attention.base import Attention
-from visattn.attention.core import positions_first, softmax
+from visattn.attention.core import positions_first, scaled_dot_product, softmax
 from visattn.attention.pairwise.positions import both
 from visattn.attention.pairwise.sparse import Groups, cross, gather, product, scatter
 
@@ -85,7 +85,7 @@ class _WindowedSelfAttention(Attention):
         if bias.requires_grad and x.device.type == "cpu":  # for which its kernel has no gradient
             y = self._weights(query, key, bias) @ value
         else:
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
+            y = scaled_dot_product(query, key, value, mask=bias, scale=self.scale)
         return self._write(x, scatter(y, groups))
 
     def _weights(
