@@ -30,13 +30,18 @@ def measured() -> Rows:
 
 
 def called(row: dict[str, Any]) -> str:
-    size, forward, both = "×".join(map(str, row["size"])), row["forward"][0][0], row["both"][0][0]
-    return f"{row['module']} beside {row['counterpart']} at {size}, {forward:.2f} and {both:.2f}"
+    size = "×".join(map(str, row["size"]))
+    forward, both = (" / ".join(f"{ratio[0]:.2f}" for ratio in row[part]) for part in ("forward", "both"))
+    return f"{row['module']} beside {row['counterpart']} at {size}, {forward} and {both}"
 
 
 def under(rows: Rows) -> str:
-    """Name what is slower than its counterpart."""
-    low = [row for row in rows if row["counterpart"] and min(row["forward"][0][0], row["both"][0][0]) < 0.95]
+    """Name what is slower than its counterpart: than both forms of it, where there are two."""
+    low = [
+        row
+        for row in rows
+        if row["counterpart"] and any(max(r[0] for r in row[part]) < 0.95 for part in ("forward", "both"))
+    ]
     return "\n".join(f"- {called(row)}" for row in low) or "- none"
 
 
@@ -61,6 +66,7 @@ PARTS: dict[str, Callable[[Rows], str]] = {
     "alone": tabled(lambda row: not row["counterpart"]),
     "compiled": tabled(lambda row: bool(row["counterpart"]), compiled=True),
     "under": lambda rows: under([row for row in rows if not row["compiled"]]),
+    "under compiled": lambda rows: under([row for row in rows if row["compiled"]]),
     "missing": lambda rows: missing([row for row in rows if not row["compiled"]]),
 }
 
