@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -258,28 +259,28 @@ def main() -> None:
     rows = [row for row in rows if row["compiled"] == args.compiled and row["module"] in args.only]
     done = {(row["module"], row["counterpart"], tuple(row["size"])) for row in rows}
     for name in args.only:
-        for peer in counterparts(name) or [""]:
-            for wanted in sizes:
-                size, against = fitting(zoo()[name], wanted, peer), peer
-                if not size[0]:  # a peer that would not fit: ours alone
-                    size, against = wanted, ""
-                if (name, against, size) in done:
+        for peer, size in product(counterparts(name) or [""], sizes):
+            fits = fitting(zoo()[name], size, peer)
+            for against, given in ((peer, fits), ("", size)):  # ours alone where a peer does not fit
+                if not given[0]:
                     continue
-                done.add((name, against, size))
+                if done & {(name, against, given), (name, "", size)}:
+                    break
+                done.add((name, against, given))
                 rounds = args.rounds if against else 2
                 try:  # in a process of its own, whose end for want of memory leaves the others
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                        future = pool.submit(row, name, against, size, args.compiled, rounds)
+                        future = pool.submit(row, name, against, given, args.compiled, rounds)
                         rows.append(future.result())
                 except Exception as error:  # one that cannot be measured
-                    print(name, against, size, type(error).__name__, error, file=sys.stderr, flush=True)
+                    print(name, against, given, type(error).__name__, error, file=sys.stderr, flush=True)
                     continue
                 if args.save:
                     with args.save.open("a") as file:
                         print(json.dumps(rows[-1]), file=file)
-                print(
-                    name, against, size, rows[-1]["forward"][0][0], rows[-1]["both"][0][0], file=sys.stderr, flush=True
-                )
+                forward, both = (rows[-1][part][0][0] for part in ("forward", "both"))
+                print(name, against, given, forward, both, file=sys.stderr, flush=True)
+                break
     order = {name: number for number, name in enumerate(zoo())}
     rows.sort(key=lambda row: order[row["module"]])
     print("\n".join(table(rows, args.compiled)))

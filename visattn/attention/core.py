@@ -69,9 +69,7 @@ def scaled_dot_product(
         causal: Whether a query reads the keys up to its own place only.
         scale: Factor of the logits; None: of the square root of the width the reciprocal.
     """
-    rounded = torch.get_float32_matmul_precision() == "medium" and query.dtype == torch.float32
-    slow = rounded and query.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not plain(query)
-    if not slow or query.shape[:-1].numel() * key.shape[-2] > FEW:
+    if plain(query) or query.shape[:-1].numel() * key.shape[-2] > FEW or not slow(query):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
     if causal:
@@ -79,6 +77,12 @@ def scaled_dot_product(
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(-1) @ value
+
+
+def slow(x: Tensor) -> bool:
+    """Is torch's kernel for softmax attention slow on few weights?"""
+    rounded = torch.get_float32_matmul_precision() == "medium" and x.dtype == torch.float32
+    return rounded and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def plain(x: Tensor) -> bool:
