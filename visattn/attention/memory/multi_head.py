@@ -154,7 +154,7 @@ class MultiHeadAttention(MemoryAttention):
     def forward(
         self, query: Float[Tensor, "b r q"], prepared: Prepared, state: Any = None
     ) -> tuple[Float[Tensor, "b r q"], Any]:
-        """Return what each query reads, and the state after it, without the weights: that is faster at any size."""
+        """Return what each query reads, and the state after it, without the weights where that is faster."""
         self.check(query)
         asked, keys, values = (self._split(each) for each in (self.ask(query).to(prepared.keys.dtype), *prepared[:2]))
         there = self._there(query.shape[1], prepared)
