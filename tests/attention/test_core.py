@@ -51,7 +51,7 @@ def test_few_weights_are_written_out_where_the_kernel_is_slow(options, rounded, 
 @pytest.mark.parametrize("change", ["many", "bfloat16", "autocast"])
 def test_otherwise_the_kernel_reads(change, rounded, monkeypatch):
     inputs = heads(n=60, m=60) if change == "many" else heads()
-    monkeypatch.setattr(core, "FEW", 3 * 2 * 50 * 50)
+    monkeypatch.setattr(core, "SMALL", 3 * 2 * 50 * 50)
     if change == "bfloat16":
         inputs = [x.to(torch.bfloat16) for x in inputs]
     calls = []

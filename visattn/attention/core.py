@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-FEW = 2**22
-"""Weights up to which a processor is faster with the matrix where products are rounded to bfloat16."""
+SMALL = 2**22
+"""Weights of a batch up to which the CPU is faster with the matrix than without it: 16 MiB in float32."""
 
 
 def positions_first(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "n b c"]:
@@ -69,7 +69,7 @@ def scaled_dot_product(
         causal: Whether a query reads the keys up to its own place only.
         scale: Factor of the logits; None: of the square root of the width the reciprocal.
     """
-    if plain(query) or query.shape[:-1].numel() * key.shape[-2] > FEW or not slow(query):
+    if plain(query) or query.shape[:-1].numel() * key.shape[-2] > SMALL or not slow(query):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     logits = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
     if causal:

@@ -5,10 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.core import uncast
-
-SMALL = 2**22
-"""Weights of a batch up to which the CPU is faster with the matrix than without it: 16 MiB in float32."""
+from visattn.attention.core import SMALL, uncast
 
 
 def halve(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *half"]:

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.pairwise.core import SMALL, Softmax, read
+from visattn.attention.core import SMALL
+from visattn.attention.pairwise.core import Softmax, read
 
 
 def sinusoid(
