@@ -1,3 +1,5 @@
+import csv
+import itertools
 from functools import partial
 
 import pytest
@@ -9,6 +11,7 @@ from visattn.attention import AttentiveReader, ImpatientReader, MultiHeadAttenti
 from visattn.data.described import QuestionBatch, QuestionedCanvas
 from visattn.models import QuestionAnswerer
 from visattn.tasks import Answering
+from visattn.tasks.run import Predictions
 
 LITTLE = {
     "backbone": "resnet10t",
@@ -112,3 +115,17 @@ def test_needs_to_be_told_words_and_answers():
 def test_refuses_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Answering(**LITTLE | options)
+
+
+def test_a_prediction_has_a_row_for_each_question(trainer, tmp_path):
+    task, data = Answering(**LITTLE), canvases()
+    trainer(Predictions()).predict(task, datamodule=data)
+    rows = list(csv.reader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert rows[0] == ["image", "question", "answer", "probability"]
+    task.eval()
+    batch = next(iter(data.predict_dataloader()))
+    likely, found = task.model(batch.images, batch.words, batch.lengths).softmax(-1).max(-1)
+    assert len(rows) == 1 + 8 * 4
+    for row, (b, r) in zip(rows[1:], itertools.product(range(8), range(4)), strict=True):
+        asked = data.vocabulary.decode(batch.words[b, r].tolist())
+        assert row == [f"test {b}", asked, data.labels[found[b, r]], f"{likely[b, r]:.4f}"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from visattn.data.canvas import Canvas, CanvasBatch, Canvases, Chance, Layout
 from visattn.data.captions import CaptionBatch, ReferenceBatch
@@ -35,6 +36,8 @@ class QuestionBatch(NamedTuple):
     """The class of the digit that is the answer; behind these classes, that there is nothing."""
     boxes: Int[Tensor, "b r 4"]
     """Where the answer is seen, as in :class:`~visattn.data.canvas.CanvasBatch`; zeros where there is nothing."""
+    names: list[str]
+    """What the canvases are called."""
 
 
 class Scenes(Canvases):
@@ -180,7 +183,7 @@ class QuestionedCanvases(Scenes):
     def told_of(self, made: CanvasBatch, indices: Sequence[int], epoch: int) -> Any:
         place = zlib.crc32(f"questions of {self.called}".encode())
         chance = Chance(self.seed, place, epoch, np.array(indices))
-        return QuestionBatch(made.images, *self.asked(made, chance))
+        return QuestionBatch(made.images, *self.asked(made, chance), [*map(self.name, indices)])
 
     def asked(self, made: CanvasBatch, chance: Chance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return questions about each canvas, with how many words each has, their answers, and where these are."""
@@ -359,7 +362,7 @@ class QuestionedCanvas(DescribedCanvas):
     As :class:`DescribedCanvas`, but no two digits of a canvas are of one class, so that each question is about one
     digit: what is next to it, ``above`` or ``below`` it in its column of the grid, ``left of`` or ``right of`` it in
     its row, whatever cells lie empty between. The answer is a digit, or ``nothing``. Batches are
-    :class:`QuestionBatch`.
+    :class:`QuestionBatch`, for prediction those of the test.
 
     Args:
         questions: How many questions there are about a canvas.
@@ -434,3 +437,6 @@ class QuestionedCanvas(DescribedCanvas):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.labels = [*DIGITS, NOTHING]
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.loader(self.canvases("test"), None)  # Lightning divides it itself

@@ -59,6 +59,8 @@ class Answering(Task):
 
     data = (QuestionedCanvas,)
     monitor = "val/accuracy"
+    columns = ("question", "answer", "probability")
+    """What a prediction says beside the name of an image."""
     classes = Task.classes | {"reader": zoo}
 
     def __init__(
@@ -129,9 +131,15 @@ class Answering(Task):
         self.grounded[stage].update(inside[batch.boxes.any(-1)].float())
         self.log(f"{stage}/grounded", self.grounded[stage], prog_bar=True, **options)
 
-    def predict_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
-        """Return the probabilities of the answers."""
-        return wide(self.model(batch.images, batch.words, batch.lengths)).softmax(-1)
+    def predict_step(self, batch: QuestionBatch, batch_idx: int) -> list[list[tuple[str, str, str]]]:
+        """Return of each image its questions, the likeliest answer to each, and how likely it is."""
+        assert self.vocabulary is not None
+        assert self.labels is not None
+        likely, found = wide(self.model(batch.images, batch.words, batch.lengths)).softmax(-1).max(-1)
+        asked = [[self.vocabulary.decode(words) for words in each] for each in batch.words.tolist()]
+        said = [[self.labels[number] for number in each] for each in found.tolist()]
+        shares = [[f"{p:.4f}" for p in each] for each in likely.tolist()]
+        return [[*zip(*each, strict=True)] for each in zip(asked, said, shares, strict=True)]
 
     @property
     def described(self) -> dict[str, Any]:

@@ -119,6 +119,8 @@ class Captioning(Task):
 
     data = (Captions, DescribedCanvas)
     monitor = "val/cider_d"
+    columns = ("caption",)
+    """What a prediction says beside the name of an image."""
     classes = Task.classes | {"decoder": decoders, "attention": zoo, "inserted": zoo}
 
     average: Tensor

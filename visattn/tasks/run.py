@@ -297,7 +297,8 @@ class Outcome(Callback):
 class Predictions(Callback):
     """Writes what ``predict`` finds to ``predictions.csv``: a row an image, its best labels with their probabilities.
 
-    Where several targets are named one after another, these are the best label of each; of a captioner, its sentence.
+    Where several targets are named one after another, these are the best label of each; of a captioner, its sentence;
+    of questions, a row each with its answer and the probability of it.
 
     Args:
         most: How many labels a row has at most.
@@ -309,7 +310,8 @@ class Predictions(Callback):
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         if isinstance(outputs, list):
-            self.rows += ([name, sentence] for name, sentence in zip(batch[1], outputs, strict=True))
+            for name, said in zip(getattr(batch, "names", batch[1]), outputs, strict=True):
+                self.rows += ([name, *line] for line in ([(said,)] if isinstance(said, str) else said))
             return
         several, classes = outputs.ndim == 3, outputs.shape[-1]
         best = outputs.cpu().max(-1) if several else outputs.cpu().topk(min(self.most, classes))
@@ -325,7 +327,7 @@ class Predictions(Callback):
         width = max(map(len, self.rows), default=1)
         pairs = [f"{what}{place}" for place in range(1, width // 2 + 1) for what in ("label", "probability")]
         with file.open("w", newline="", encoding="utf-8") as opened:
-            header = ["caption"] if width == 2 else pairs
+            header = getattr(pl_module, "columns", pairs)
             csv.writer(opened).writerows([["image", *header], *self.rows])
         print(f"{len(self.rows)} predictions are in {file}")
         self.rows = []
