@@ -15,7 +15,7 @@ from PIL import Image
 
 from visattn.data.captions import CaptionBatch, Captions, Encoded, read
 from visattn.data.sources import DataError
-from visattn.data.transforms import Augment
+from visattn.data.transforms import Augment, Preprocess
 from visattn.data.vocabulary import Vocabulary, Words
 
 COLOURS = ["red", "green", "blue", "black", "white"]
@@ -78,6 +78,15 @@ def epoch(loader, number: int) -> list[CaptionBatch]:
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_nothing_is_cut_off_unless_told(file, photos):
+    expected = Preprocess((1, 6, 6), (0.0,), (1.0,), "bilinear", 0.5)  # of a classifier
+    for options, kept in (({}, 1.0), ({"crop_pct": 0.8}, 0.8), ({"crop_pct": None}, 0.5)):
+        data = Captions(file, str(photos), size=6, in_chans=1, **options)
+        data.preprocess = expected
+        data.setup()
+        assert data.preprocess.crop_pct == kept
 
 
 def test_training_gives_images_with_several_captions_the_longest_first(file, photos):

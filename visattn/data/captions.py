@@ -421,7 +421,7 @@ class Captions(Images):
         mean: Mean of each channel, on the scale from 0 to 1.
         std: Standard deviation of each channel.
         interpolation: How images are resized.
-        crop_pct: Share of an image's shortest side that evaluation keeps.
+        crop_pct: Share of an image's shortest side that evaluation keeps: all of it, since captions tell of all of it.
         augment: What chance does to training images; ``true``: crops and colours, but no mirror, ``false``: nothing.
         augment_on: Whether colours change in the ``"workers"``, or on the ``"device"`` that trains.
         batch_size: Images in a batch, on each device.
@@ -478,7 +478,7 @@ class Captions(Images):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         interpolation: Interpolation | None = None,
-        crop_pct: float | None = None,
+        crop_pct: float | None = 1.0,
         augment: Augment | bool = False,
         augment_on: AugmentOn = "workers",
         batch_size: int = 32,
