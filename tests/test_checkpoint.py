@@ -202,6 +202,7 @@ def trained(tmp_path):
     backbone = timm.create_model("mobilenetv2_050", pad_type="same")
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    backbone.pretrained_cfg["tag"] = "of_my_own"
     visattn.save(backbone, tmp_path / "trained", model_args={"pad_type": "same"})
     return f"local-dir:{tmp_path / 'trained'}"
 
@@ -213,7 +214,9 @@ def test_a_network_on_a_trained_backbone_does_without_its_weights(trained, tmp_p
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (small, whole)]
     held = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("backbone."))
     assert sizes[0] < 2.2 * held + 10_000 < sizes[1]
-    assert "mobilenetv2_050.lamb_in1k, whose weights are not in here" in (small / "card.md").read_text()
+    assert "mobilenetv2_050.of_my_own, whose weights are not in here" in (small / "card.md").read_text()
+    later = visattn.save(visattn.load(whole), tmp_path / "later", backbone=False)
+    assert "mobilenetv2_050.of_my_own, whose weights are not in here" in (later / "card.md").read_text()
 
     images, words = torch.randn(2, 3, 64, 64), torch.randint(9, (2, 1, 3))
     again = visattn.load(small, backbone=trained)

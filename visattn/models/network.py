@@ -165,7 +165,10 @@ def as_timm_has_it(name: str, model: Any) -> dict[str, Any]:
     """Return by which name and arguments timm builds again what was built from a folder, which may be gone by then."""
     if not name.startswith("local-dir:"):
         return {}
-    return {"backbone": model.pretrained_cfg["architecture"], "backbone_args": dict(model._model_args)}
+    cfg, args = model.pretrained_cfg, dict(model._model_args)
+    if cfg.get("tag"):  # else it would be called after other weights, those that timm has by default
+        args["pretrained_cfg_overlay"] = {"tag": cfg["tag"]}
+    return {"backbone": cfg["architecture"], "backbone_args": args}
 
 
 def at_least_one(**counts: int) -> None:
