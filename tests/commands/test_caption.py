@@ -1,5 +1,9 @@
+import gzip
+import io
 import json
+import zipfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,11 +15,13 @@ from visattn.__main__ import main
 from visattn.attention import HardAttention, MultiHeadAttention
 from visattn.data.transforms import Preprocess
 from visattn.data.vocabulary import Words
+from visattn.metrics import evaluate
 from visattn.models import Captioner
 from visattn.models.decoders import ShowAttendAndTell
 
 WORDS = Words(["a", "dog", "cat", "runs"])
 SIZE = (3, 64, 96)
+CAPTIONER = Path(__file__).parents[2] / "checkpoints" / "captioner"
 
 
 @pytest.fixture
@@ -75,3 +81,31 @@ def test_bad_input_is_one_line(capsys, folder, tmp_path):
     found = capsys.readouterr()
     assert len(found.out.splitlines()) == 2
     assert "1 of 3 images could not be read and were skipped" in found.err
+
+
+def test_the_captioner_in_checkpoints_names_the_encoder_it_needs(capsys, folder):
+    assert main(["caption", str(CAPTIONER), str(folder / "b.png")]) == 2
+    assert 'mobilenetv2_100.quant_in1k, and these cannot be had' in capsys.readouterr().err
+    assert sum(file.stat().st_size for file in CAPTIONER.iterdir()) < 20e6
+
+
+@pytest.mark.slow
+def test_the_captioner_in_checkpoints_tells_photos_that_it_never_saw(capsys, shared, tmp_path):
+    encoder = f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}"
+    model = visattn.load(CAPTIONER, backbone=encoder)
+    with gzip.open(shared / "data/flickr8k/dataset_flickr8k.json.gz") as file:
+        photos = [photo for photo in json.load(file)["images"] if photo["split"] == "test"][:48]
+    people = [[" ".join(each["tokens"]) for each in photo["sentences"]] for photo in photos]
+    with zipfile.ZipFile(shared / "data/flickr8k/flickr8k_224.zip") as files:
+        read = [files.read(photo["filename"]) for photo in photos]
+    images = torch.stack([model.transform(Image.open(io.BytesIO(each))) for each in read])
+    with torch.no_grad():
+        found = model.caption(images, width=5, alpha=0.7, longest=20)
+    said = [model.vocabulary.decode(words) for words in found.words[:, 0].tolist()]
+    own, others = evaluate(said, people), evaluate(said, people[1:] + people[:1])
+    assert own["bleu_1"] > 0.55
+    assert own["cider_d"] > 4 * others["cider_d"]
+    (tmp_path / "photo.jpg").write_bytes(read[0])
+    arguments = [str(CAPTIONER), str(tmp_path / "photo.jpg"), "--backbone", encoder, "--beam", "5", "--alpha", "0.7"]
+    assert main(["caption", *arguments]) == 0
+    assert said[0] in capsys.readouterr().out
