@@ -86,6 +86,10 @@ def test_bad_input_is_one_line(capsys, folder, tmp_path):
 def test_the_captioner_in_checkpoints_names_the_encoder_it_needs(capsys, folder):
     assert main(["caption", str(CAPTIONER), str(folder / "b.png")]) == 2
     assert "mobilenetv2_100.quant_in1k, and these cannot be had" in capsys.readouterr().err
+    assert "[captioner](captioner/card.md)" in (CAPTIONER.parent / "README.md").read_text("utf-8")
+    assert sum(file.stat().st_size for file in CAPTIONER.iterdir()) < 20e6
+    called = 'visattn.load("checkpoints/captioner", backbone="local-dir:FOLDER")'
+    assert called in (CAPTIONER / "card.md").read_text("utf-8")
 
 
 @pytest.mark.slow

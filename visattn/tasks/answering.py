@@ -136,10 +136,13 @@ class Answering(Task):
         assert self.vocabulary is not None
         assert self.labels is not None
         likely, found = wide(self.model(batch.images, batch.words, batch.lengths)).softmax(-1).max(-1)
-        asked = [[self.vocabulary.decode(words) for words in each] for each in batch.words.tolist()]
-        said = [[self.labels[number] for number in each] for each in found.tolist()]
-        shares = [[f"{p:.4f}" for p in each] for each in likely.tolist()]
-        return [[*zip(*each, strict=True)] for each in zip(asked, said, shares, strict=True)]
+        return [
+            [
+                (self.vocabulary.decode(words), self.labels[number], f"{p:.4f}")
+                for words, number, p in zip(*each, strict=True)
+            ]
+            for each in zip(batch.words.tolist(), found.tolist(), likely.tolist(), strict=True)
+        ]
 
     @property
     def described(self) -> dict[str, Any]:
