@@ -223,6 +223,20 @@ def test_sentences_are_rewarded_by_their_cider(data):
     torch.testing.assert_close(loss, total / count, rtol=1e-4, atol=1e-5)
 
 
+def test_some_of_the_cross_entropy_is_added_to_rewards(data):
+    plain, batch = built(data)
+    torch.manual_seed(1)
+    nats = plain.training_loss(batch)
+    losses = []
+    for factor in (0.0, 0.5):
+        task, _ = built(data, learning="self_critical", samples=3, cross_entropy_factor=factor)
+        task.model.load_state_dict(plain.model.state_dict())
+        task.scorer = CiderD(task.trainer.datamodule.references("train"), end=task.model.end)
+        torch.manual_seed(1)
+        losses.append(task.training_loss(batch))
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * nats, rtol=1e-4, atol=1e-5)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +448,7 @@ def test_words_of_others_are_refused(fit, data, tmp_path, photos):
         ({"learning": "wake_sleep", "samples": 1}, "samples must be at least 2 for wake_sleep"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
         ({"doubly": -1.0}, "doubly must not be negative, got -1.0"),
+        ({"cross_entropy_factor": -1.0}, "cross_entropy_factor must not be negative, got -1.0"),
     ],
 )
 def test_refuses_options_out_of_range(options, message, unchecked):

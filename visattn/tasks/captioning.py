@@ -65,10 +65,11 @@ class Captioning(Task):
 
     .. math:: \nabla = -\sum_n (R_n - b_n)\, \nabla \log p(w_n) \Big/ \sum_n |w_n|
 
-    where :math:`b` is that of its greedy sentence, or of the image's other sentences. An attention that picks regions
-    (arXiv:1502.03044) is taught by what its picks make likely, :math:`\log p(w \mid s)` less its moving average; or by
-    wake-sleep learning (arXiv:1509.06812), in which a :class:`~visattn.models.proposal.Proposal` that knows the caption
-    says where to look, and its draws count by how well they go with words and attention.
+    where :math:`b` is that of its greedy sentence, or of the image's other sentences; some of the cross entropy may be
+    added. An attention that picks regions (arXiv:1502.03044) is taught by what its picks make likely,
+    :math:`\log p(w \mid s)` less its moving average; or by wake-sleep learning (arXiv:1509.06812), in which a
+    :class:`~visattn.models.proposal.Proposal` that knows the caption says where to look, and its draws count by how
+    well they go with words and attention.
 
     A validation says what it sees, by a beam, and compares it with what people said. A test also writes all sentences,
     an image a line, to ``test.jsonl`` in the folder of the run.
@@ -103,6 +104,7 @@ class Captioning(Task):
         samples: How many sentences are said by chance about an image; or by how many draws of regions each caption is
             read, in wake-sleep learning.
         baseline: ``"greedy"`` or ``"leave_one_out"``.
+        cross_entropy_factor: Weight of the cross entropy in self-critical learning, which has none in the paper.
         policy_factor: Weight of what teaches picks.
         entropy_factor: Weight of the entropy of picks, which is to be great.
         beam: How many beginnings an evaluation keeps.
@@ -151,6 +153,7 @@ class Captioning(Task):
         start: str | None = None,
         samples: int = 5,
         baseline: Baseline = "leave_one_out",
+        cross_entropy_factor: float = 0.0,
         policy_factor: float = 0.1,
         entropy_factor: float = 0.002,
         beam: int = 3,
@@ -177,7 +180,8 @@ class Captioning(Task):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {share}")
         factors = {"doubly": doubly, "penalty_factor": penalty_factor, "policy_factor": policy_factor, "alpha": alpha}
-        for name, factor in (factors | {"entropy_factor": entropy_factor}).items():
+        factors |= {"cross_entropy_factor": cross_entropy_factor, "entropy_factor": entropy_factor}
+        for name, factor in factors.items():
             if factor < 0:
                 raise ValueError(f"{name} must not be negative, got {factor}")
         self.save_hyperparameters(ignore=["_instantiator"])
@@ -297,7 +301,8 @@ class Captioning(Task):
     def training_loss(self, batch: CaptionBatch) -> Tensor:
         memory, size = self.model.regions(self.features(batch.images))
         prepared = self.model.decoder.prepare(memory, None, size)
-        if self.hparams["learning"] == "self_critical":
+        critical = self.hparams["learning"] == "self_critical"
+        if critical and not self.hparams["cross_entropy_factor"]:
             return self.critical_loss(prepared, batch)
         words = self.read_words(prepared, batch.words[:, :, :-1])
         there = torch.arange(batch.words.shape[2], device=self.device) < batch.lengths[..., None]
@@ -307,6 +312,8 @@ class Captioning(Task):
         nats = self.nats(said, batch.words, there, self.hparams["label_smoothing"])
         loss = nats.sum() / shared(there.sum())
         self.log("train/cross_entropy", loss)
+        if critical:
+            return self.critical_loss(prepared, batch) + self.hparams["cross_entropy_factor"] * loss
         return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
 
     def nats(
