@@ -169,6 +169,20 @@ def test_an_action_has_the_rewards_that_come_after_it(reward, rewards, after):
     torch.testing.assert_close(found[1], torch.tensor(after))
 
 
+@pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("stops", [[0.0, 0.0, 1.0], [0.5, 0.25, 0.25], [0.0, 1.0, 0.0]])
+def test_an_action_has_a_share_of_later_rises(discount, stops):
+    log_p, targets, _ = known()
+    _, found, _ = built(reward="rise", discount=discount).returns(log_p, targets, torch.tensor([stops] * 2), 3)
+    for m, p in enumerate(log_p[:, :, 0].exp().tolist()):
+        for action in range(3):
+            expected = 0.0
+            for t in range(action, 3):
+                rise = p[t] - (p[t - 1] if t else 0.5)
+                expected += discount ** (t - action) * sum(stops[t:]) * rise
+            assert found[m, action].item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_first_glimpse_rises_from_chance_where_it_was_chosen():
     _, after, _ = built(reward="rise").returns(*known(), 3)
     torch.testing.assert_close(after[:, 0], torch.tensor([0.7 - 0.5, 0.4 - 0.5]))
@@ -851,6 +865,8 @@ def test_evaluation_draws_nothing_from_where_training_draws(finished):
             "network must be one that looks, such as RecurrentAttention, got .*DigitClassifier",
         ),
         ({"network": partial(TINY, pretrained=True)}, "pretrained must be given beside the network"),
+        ({"reward": "rise", "discount": 1.5}, r"discount must lie in \[0, 1\], got 1.5"),
+        ({"discount": 0.5}, "discount must be 1 for a reward of correct, which comes at the end, got 0.5"),
         ({"reward": "right"}, "reward must be one of correct, probability, log_probability, rise, got 'right'"),
         ({"baseline": "mean"}, "baseline must be one of none, average, learned, leave_one_out, got 'mean'"),
         ({"learning": "ppo"}, "learning must be reinforce or wake_sleep, got 'ppo'"),

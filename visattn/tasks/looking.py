@@ -70,6 +70,8 @@ class Looking(Recognition):
         reward: 1 for the ``"correct"`` class as in the paper, else 0; the ``"probability"`` of the true class, or its
             ``"log_probability"``; or its ``"rise"`` by each glimpse, of which an action has those that come later. The
             last two are for one target.
+        discount: What a rise is worth to an action one glimpse earlier; 0: an action has only the rise by its own
+            glimpse, 1: all that come later.
         baseline: What is subtracted from the reward: ``"none"``, its moving ``"average"``, what the network has
             ``"learned"`` to expect, or the mean of the image's other roll-outs, ``"leave_one_out"``.
         learning: ``"reinforce"`` or ``"wake_sleep"``.
@@ -102,6 +104,7 @@ class Looking(Recognition):
         pretrained: bool = False,
         rollouts: int = 1,
         reward: Reward = "correct",
+        discount: float = 1.0,
         baseline: Baseline = "learned",
         learning: Learning = "reinforce",
         policy_factor: float = 0.01,
@@ -134,6 +137,10 @@ class Looking(Recognition):
                 raise ValueError(f"{name} must not be negative, got {factor}")
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount must lie in [0, 1], got {discount}")
+        if discount < 1 and reward != "rise":
+            raise ValueError(f"discount must be 1 for a reward of {reward}, which comes at the end, got {discount}")
         self.save_hyperparameters(ignore=["_instantiator"])
         self.remember(network=network)
         if self.hparams["network"]["init_args"].get("pretrained"):
@@ -269,8 +276,11 @@ class Looking(Recognition):
         rewards = counts * at_end(after)
         returns = of_actions(rewards.flip(1).cumsum(1).flip(1))
         if kind == "rise":
-            before = F.pad(after[:, :-1], (1, 0), value=1 / classes)
-            returns = returns - before[:, steps - actions :]
+            goes_on = stops.flip(1).cumsum(1).flip(1)
+            rises = goes_on * after.diff(dim=1, prepend=torch.full_like(after[:, :1], 1 / classes))
+            later = torch.arange(steps, device=rises.device)
+            share = self.hparams["discount"] ** (later[:, None] - later).clamp_min(0).to(rises)
+            returns = (rises @ share.tril())[:, steps - actions :]
         return rewards.sum(1), returns, of_actions(counts)
 
     def expected(self, returns: Float[Tensor, "m a"], rollout: Rollout) -> Float[Tensor, "*m a"]:
