@@ -656,17 +656,32 @@ def test_a_lightning_checkpoint_that_is_none(model, tmp_path):
 
 SHIPPED = sorted(folder.parent for folder in Path(__file__).parents[1].glob("checkpoints/*/config.json"))
 WHOLE = [each for each in SHIPPED if each.name != "captioner"]  # tested where its encoder is: test_caption.py
+CLASSIFIERS = [each for each in WHOLE if each.name != "draw"]
 
 
 @pytest.mark.parametrize("folder", WHOLE, ids=lambda folder: folder.name)
-def test_what_is_shipped_loads_and_is_in_the_index(folder):
+def test_what_is_shipped_is_small_and_in_the_index(folder):
+    assert f"[{folder.name}]({folder.name}/card.md)" in (folder.parent / "README.md").read_text("utf-8")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    assert f'visattn.load("checkpoints/{folder.name}")' in (folder / "card.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("folder", CLASSIFIERS, ids=lambda folder: folder.name)
+def test_what_is_shipped_tells_images_apart(folder):
     model = load(folder)
     x = torch.rand(2, *model.transform.input_size)
     assert model(x).shape == (2, len(model.labels))
     assert not torch.equal(model(x)[0], model(x)[1])
-    assert f"[{folder.name}]({folder.name}/card.md)" in (folder.parent / "README.md").read_text("utf-8")
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
-    assert f'visattn.load("checkpoints/{folder.name}")' in (folder / "card.md").read_text("utf-8")
+
+
+def test_what_is_shipped_draws():
+    model = load(Path(__file__).parents[1] / "checkpoints/draw")
+    torch.manual_seed(0)
+    drawn = model.generate(64).canvas.sigmoid()
+    assert drawn.shape == (64, *model.transform.input_size)
+    assert 0.08 < drawn.mean() < 0.18  # of MNIST's pixels, 13 % are on
+    assert ((drawn < 0.1) | (drawn > 0.9)).float().mean() > 0.8
+    assert drawn.std(0).max() > 0.3  # not always the same
 
 
 def test_the_public_names():
