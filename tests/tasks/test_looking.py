@@ -183,6 +183,14 @@ def test_an_action_has_a_share_of_later_rises(discount, stops):
             assert found[m, action].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_rises_keep_their_digits_under_autocast():
+    task = built(reward="rise", discount=0.5)
+    plain = task.returns(*known(), 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found, expected in zip(task.returns(*known(), 3), plain, strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_the_first_glimpse_rises_from_chance_where_it_was_chosen():
     _, after, _ = built(reward="rise").returns(*known(), 3)
     torch.testing.assert_close(after[:, 0], torch.tensor([0.7 - 0.5, 0.4 - 0.5]))

@@ -280,7 +280,7 @@ class Looking(Recognition):
             rises = goes_on * after.diff(dim=1, prepend=torch.full_like(after[:, :1], 1 / classes))
             later = torch.arange(steps, device=rises.device)
             share = self.hparams["discount"] ** (later[:, None] - later).clamp_min(0).to(rises)
-            returns = (rises @ share.tril())[:, steps - actions :]
+            returns = (rises[..., None] * share.tril()).sum(1)[:, steps - actions :]  # no product that autocast rounds
         return rewards.sum(1), returns, of_actions(counts)
 
     def expected(self, returns: Float[Tensor, "m a"], rollout: Rollout) -> Float[Tensor, "*m a"]:
