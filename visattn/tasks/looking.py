@@ -277,10 +277,10 @@ class Looking(Recognition):
         returns = of_actions(rewards.flip(1).cumsum(1).flip(1))
         if kind == "rise":
             goes_on = stops.flip(1).cumsum(1).flip(1)
-            rises = goes_on * after.diff(dim=1, prepend=torch.full_like(after[:, :1], 1 / classes))
-            later = torch.arange(steps, device=rises.device)
-            share = self.hparams["discount"] ** (later[:, None] - later).clamp_min(0).to(rises)
-            returns = (rises[..., None] * share.tril()).sum(1)[:, steps - actions :]  # no product that autocast rounds
+            returns = goes_on * after.diff(dim=1, prepend=torch.full_like(after[:, :1], 1 / classes))
+            for t in range(steps - 2, -1, -1):
+                returns[:, t] += self.hparams["discount"] * returns[:, t + 1]
+            returns = returns[:, steps - actions :]
         return rewards.sum(1), returns, of_actions(counts)
 
     def expected(self, returns: Float[Tensor, "m a"], rollout: Rollout) -> Float[Tensor, "*m a"]:
