@@ -323,6 +323,17 @@ def test_needs_an_end_without_a_schedule(digits, trainer):
         trainer(max_epochs=-1).fit(Classification(**TINY), datamodule=digits())
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("how", "power"), [("norm", 2), ("value", math.inf)])
+def test_gradients_of_a_fused_optimizer_are_clipped_in_any_precision(precision, how, power, digits, trainer):
+    task = Classification(**TINY, optimizer=partial(SGD, lr=1.0, fused=True), schedule=partial(StepLR, step_size=1))
+    clips = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": how}
+    fitted = trainer(max_steps=1, limit_val_batches=0, precision=precision, **clips)
+    fitted.fit(task, datamodule=digits())
+    gradient = torch.cat([p.grad.flatten() for p in task.parameters()])
+    assert gradient.norm(power) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_frozen_backbone_keeps_its_weights_and_statistics(digits, trainer):
     task = Classification(**TINY, attention=CBAM, at="stages", freeze_backbone=True)
     start = {}

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from pytorch_lightning.cli import LightningCLI, ReduceLROnPlateau
+from pytorch_lightning.plugins import MixedPrecision, Precision
+from pytorch_lightning.utilities import GradClipAlgorithmType
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -223,6 +225,20 @@ class Task(pl.LightningModule):
         warmup = round(self.hparams["warmup"] * steps)
         schedule = LambdaLR(optimizer, partial(warmup_cosine, steps=int(steps), warmup=warmup))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            # Lightning refuses fused optimizers, which undo the scaling of gradients by themselves; bfloat16 has none
+            how = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, how)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
