@@ -61,8 +61,9 @@ DECODERS: dict[str, tuple[Named, Named | None]] = {
 
 def cell(row: str, seed: int, further: list[str]) -> Cell:
     """Return a cell of the table."""
-    decoder, attention = DECODERS.get(row) or (("ShowAttendAndTell", SIZES | {"first": "begin"}), ATTENTION[row])
-    options = ["--seed_everything", str(seed), "--data.seed", str(seed), "--model.decoder", written(decoder)]
+    decoder, attention = DECODERS.get(row) or (None, ATTENTION[row])  # the decoder of the configuration
+    options = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+    options += [] if decoder is None else ["--model.decoder", written(decoder)]
     options += ["--model.attention", "null" if attention is None else written(attention)]
     options += ["--model.width", "128"] if row == "dot" else []  # as many as the state that asks
     return Cell(f"{row.replace(', ', '-').replace(' ', '_')}-{seed}", [*options, *further])

@@ -46,6 +46,16 @@ def test_the_loss_is_the_cross_entropy_of_the_answers():
     torch.testing.assert_close(task.training_loss(batch), expected)
 
 
+def test_channels_lie_last_in_what_the_backbone_makes_and_answer_the_same():
+    losses = []
+    for last in (False, True):
+        torch.manual_seed(0)
+        task, batch = built(channels_last=last)
+        assert task.model.features(batch.images).is_contiguous(memory_format=torch.channels_last) == last
+        losses.append(task.training_loss(batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "reader",
     [AttentiveReader, partial(ImpatientReader, width=8), partial(MultiHeadAttention, heads=2)],

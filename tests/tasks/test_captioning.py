@@ -487,6 +487,17 @@ def test_what_regions_do_not_depend_on_asks_for_no_gradient(data):
     assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
 
 
+def test_channels_lie_last_in_what_the_backbone_makes_and_tell_the_same(data):
+    losses = []
+    for last in (False, True):
+        torch.manual_seed(0)
+        task, batch = built(data, backbone_args={"output_stride": 8}, channels_last=last)
+        made = task.features(batch.images)
+        assert made.is_contiguous(memory_format=torch.channels_last) == last
+        losses.append(task.training_loss(batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_cache_is_for_a_backbone_that_stays(fit, data, tmp_path):
     with pytest.raises(
         ValueError, match="cache must be left out where the backbone, or what is inserted in it, learns"

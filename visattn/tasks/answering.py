@@ -39,6 +39,8 @@ class Answering(Task):
         backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
         pretrained: Whether the backbone starts with its trained weights.
         backbone_args: Arguments of ``timm.create_model``.
+        channels_last: Whether the backbone's maps lie in memory with the channels last: faster on most GPUs, and for
+            small networks on a processor.
         reader: What looks at the regions, with its options; left out,
             :class:`~visattn.attention.AttentiveReader`.
         embedding: Features of a word.
@@ -69,6 +71,7 @@ class Answering(Task):
         *,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
+        channels_last: bool = False,
         reader: Callable[[int, int], MemoryAttention] | None = None,
         embedding: int = 128,
         hidden: int = 256,
@@ -104,6 +107,8 @@ class Answering(Task):
             options["reader"] = plainly(self.reader, "reader")
         with trained_weights(h["backbone"]):
             self.model = QuestionAnswerer(len(self.vocabulary), len(self.labels), pretrained=h["pretrained"], **options)
+        if h["channels_last"]:
+            self.model.backbone.to(memory_format=torch.channels_last)  # maps follow the weights
         self.model.freeze_unread()
         make = partial(MulticlassAccuracy, len(self.labels), average="micro")
         self.accuracy: Any = torch.nn.ModuleDict({stage: make() for stage in STAGES})

@@ -78,6 +78,8 @@ class Captioning(Task):
         backbone: Name of a timm model; also ``local-dir:FOLDER`` and ``hf-hub:NAME``.
         pretrained: Whether the backbone starts with its trained weights.
         backbone_args: Arguments of ``timm.create_model``.
+        channels_last: Whether the backbone's maps lie in memory with the channels last: faster on most GPUs, and for
+            small networks on a processor.
         freeze_backbone: Whether the backbone stays as it is, in evaluation mode. With ``data.cache``, its maps are made
             once.
         inserted: What to insert into the backbone: an attention class with its options. It learns.
@@ -133,6 +135,7 @@ class Captioning(Task):
         *,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
+        channels_last: bool = False,
         freeze_backbone: bool = True,
         inserted: MakeAttention | None = None,
         at: str | None = None,
@@ -213,6 +216,8 @@ class Captioning(Task):
         if self.inserted is not None:
             size = getattr(data, "input_size", None)
             insert(self.model.backbone, self.inserted, at=h["at"], gate=h["gate"], input_size=size)
+        if h["channels_last"]:
+            self.model.backbone.to(memory_format=torch.channels_last)  # maps follow the weights
         fits = self._trainer is not None and self._trainer.state.fn == "fit"
         if h["learning"] == "self_critical" and fits:
             if not hasattr(data, "references"):
