@@ -136,7 +136,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, one thread\n")
     print("| images | sensor | | ours, ms | ratio |\n|---|---|---|---:|---:|")
-    tasks = [(what, arguments.rounds) for what in (*LOOKS, *READS)]
+    every: list[Look | Read] = [*LOOKS, *READS]
+    tasks = [(what, arguments.rounds) for what in every]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for line in pool.imap(row, tasks):
             print(line, flush=True)

@@ -179,7 +179,7 @@ def row(name: str, against: str, size: tuple[int, ...], compiled: bool, rounds: 
         output = module(*leaves)
         torch.autograd.backward([output] if isinstance(output, Tensor) else list(output), gradients)
 
-    def compare(call: Callable[[nn.Module], object], train: bool) -> list[Ratios]:
+    def compare(call: Callable[[Any], object], train: bool) -> list[Ratios]:
         peer, ours = (side.train(train) for side in sides)
         if not compiled:
             return [ratios(partial(call, peer), partial(call, ours), rounds)]

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,7 +39,8 @@ def photos(folder: Path, count: int) -> None:
 def speed(root: Path, workers: int, batch_size: int, epoch: int) -> float:
     """Images per second in an epoch, after as many batches as workers have in advance."""
     loader = Images(str(root), workers=workers, batch_size=batch_size, val_fraction=0.05).train_dataloader()
-    loader.sampler.set_epoch(epoch)
+    sampler: Any = loader.sampler
+    sampler.set_epoch(epoch)
     batches = iter(loader)
     for _ in range(2 * workers + 1):
         next(batches)
