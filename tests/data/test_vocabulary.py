@@ -165,7 +165,7 @@ def tokenizers(request, monkeypatch):
 def test_a_tokenizers_file_is_a_vocabulary(tmp_path):
     (tmp_path / "tokenizer.json").write_text(words_file(**{"</s>": 7}))
     words = Tokenizer.read(tmp_path / "tokenizer.json")
-    assert (words.end, len(words)) == (7, 8)  # numbers are left out
+    assert (words.end, words.unknown, len(words)) == (7, 0, 8)  # numbers are left out
     assert words.encode("A dog a dog") == [1, 2, 1, 2, 7]
     assert words.encode("a cat </s>") == [1, 0, 7]
     assert words.encode("A dog a dog", 3) == [1, 2, 1]
@@ -180,6 +180,7 @@ def test_a_tokenizers_file_is_a_vocabulary(tmp_path):
 @pytest.mark.usefixtures("tokenizers")
 def test_what_ends_a_caption_is_found_or_named(tmp_path):
     assert Tokenizer(words_file(**{"[SEP]": 3, "<|endoftext|>": 4})).end == 4
+    assert Tokenizer(words_file(**{"[SEP]": 3}), end="[UNK]").unknown is None
     named = Tokenizer(words_file(**{"[SEP]": 3, "[STOP]": 4}), end="[STOP]")
     assert named.end == Vocabulary.load(named.state).end == 4
     with pytest.raises(ValueError, match=r"the tokenizer has no token known to end a text .*: name its own as end"):

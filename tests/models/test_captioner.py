@@ -80,6 +80,16 @@ def test_captions_are_said_of_many_images_as_of_each_alone():
     assert together.maps.shape[3] == 4
 
 
+def test_what_is_unknown_is_read_but_never_said(monkeypatch):
+    model, images = captioner(unknown=1), torch.randn(2, 3, 64, 64)
+    write = model.decoder.write
+    likely = 30 * nn.functional.one_hot(torch.tensor(1), 20)
+    monkeypatch.setattr(model.decoder, "write", lambda features: write(features) + likely)
+    assert (model(images, torch.ones(2, 1, 3, dtype=torch.long)).argmax(-1) == 1).all()
+    assert (model.caption(images, width=2, longest=6).words != 1).all()
+    assert (model.caption(images, width=2, longest=6, never=()).words[:, 0] == 1).all()
+
+
 def test_a_backbone_runs_once_for_all_captions_of_an_image():
     model, calls = captioner(), []
     model.backbone.conv1.register_forward_hook(lambda module, given, _: calls.append(len(given[0])))
@@ -146,6 +156,8 @@ def test_learns_a_sentence_by_heart():
     [
         ({"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
         ({"end": 20}, "end must be one of 20 words, got 20"),
+        ({"unknown": 20}, "unknown must be one of 20 words but end=0, got 20"),
+        ({"unknown": 0}, "unknown must be one of 20 words but end=0, got 0"),
         ({"layers": -1}, "layers must not be negative, got -1"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"backbone": "resnet10x"}, "backbone must be the name of a timm model, got 'resnet10x'; close: resnet10t"),

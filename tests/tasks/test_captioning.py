@@ -208,15 +208,17 @@ def test_sentences_are_rewarded_by_their_cider(data):
     loss = task.training_loss(batch)
     torch.manual_seed(1)
     prepared = task.model.prepare(batch.images)
-    found = visattn.models.decoders.sample(task.model.decoder, prepared, end=task.model.end, count=3)
+    found = visattn.models.decoders.sample(task.model.decoder, prepared, end=task.model.end, count=3, never=[1])
     total, count = torch.zeros(()), 0
     for b in range(len(found.words)):
         rewards = [float(task.scorer(found.words[b : b + 1, n], batch.indices[b : b + 1])[0]) for n in range(3)]
         for n in range(3):
             others = [r for k, r in enumerate(rewards) if k != n]
-            log_p = task.model.decoder.write(
+            logits = task.model.decoder.write(
                 task.model.decoder(task.model.prepare(batch.images), found.words[:, :, :-1]).features
-            )[b, n].log_softmax(-1)
+            )[b, n]
+            logits[:, 1] = -torch.inf  # what is unknown is never said, though people's captions have it
+            log_p = logits.log_softmax(-1)
             for t in range(int(found.lengths[b, n])):
                 total = total - (rewards[n] - sum(others) / 2) * log_p[t, found.words[b, n, t]]
                 count += 1

@@ -1,5 +1,6 @@
 """Which number stands for which word: words of the training captions, or the tokens of any tokenizer's file."""
 
+import json
 import string
 import unicodedata
 from collections import Counter
@@ -46,6 +47,8 @@ class Vocabulary:
 
     end: int
     """The number that ends a caption."""
+    unknown: int | None
+    """The number that stands for all words that are not known; None: there is none."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -216,6 +219,9 @@ class Tokenizer(Vocabulary):
         if not found:
             raise ValueError(f"the tokenizer has no token known to end a text ({', '.join(ENDS)}): name its own as end")
         self.ends_with, self.end = found[0]
+        model = json.loads(text)["model"]
+        unknown = model.get("unk_id", self.reader.token_to_id(model.get("unk_token") or ""))
+        self.unknown = None if unknown == self.end else unknown
         self.size = 1 + max(self.reader.get_vocab(with_added_tokens=True).values())  # numbers may be left out
 
     @classmethod

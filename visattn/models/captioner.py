@@ -23,6 +23,7 @@ class Captioner(RegionNetwork):
     Args:
         vocabulary: How many words there are.
         end: The word that ends a sentence.
+        unknown: The word that stands for all that are not known, which is read, but never said; None: there is none.
         backbone: Name of a timm model, or the model itself, which is then taken as it is; such a captioner is not
             saved.
         pretrained: Whether a backbone that is named starts with its trained weights.
@@ -49,6 +50,7 @@ class Captioner(RegionNetwork):
         vocabulary: int,
         *,
         end: int = 0,
+        unknown: int | None = None,
         backbone: str | nn.Module = "mobilenetv2_100",
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
@@ -72,7 +74,10 @@ class Captioner(RegionNetwork):
         at_least_one(vocabulary=vocabulary)
         if not 0 <= end < vocabulary:
             raise ValueError(f"end must be one of {vocabulary} words, got {end}")
+        if unknown is not None and (unknown == end or not 0 <= unknown < vocabulary):
+            raise ValueError(f"unknown must be one of {vocabulary} words but end={end}, got {unknown}")
         self.end = end
+        self.never = () if unknown is None else (unknown,)
         self.decoder = decoder(vocabulary, self.width)
 
     def prepare(self, images: Float[Tensor, "b c h w"]) -> Any:
@@ -98,4 +103,4 @@ class Captioner(RegionNetwork):
 
     def say(self, prepared: Any, **options: Any) -> Sentences:
         """Say what is in images that were made ready; see :meth:`caption`."""
-        return beam(self.decoder, prepared, end=self.end, **options)
+        return beam(self.decoder, prepared, **{"end": self.end, "never": self.never} | options)

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from visattn import attention as zoo
 from visattn.attention.base import Attention
-from visattn.attention.core import wide
 from visattn.attention.memory.core import MemoryAttention
 from visattn.attention.memory.hard import HardAttention, HardWeights
 from visattn.data.captions import CaptionBatch, Captions, ReferenceBatch
@@ -32,6 +31,7 @@ from visattn.models import decoders
 from visattn.models.captioner import Captioner
 from visattn.models.decoders import Decoder, Said, Sentences, ShowAttendAndTell, sample
 from visattn.models.decoders.recurrent import RecurrentDecoder
+from visattn.models.decoders.search import without
 from visattn.models.proposal import Proposal, draw
 from visattn.surgery import insert, insertions
 from visattn.tasks.base import Task, known_to_timm, mean_over_ranks, plainly, trained_weights
@@ -211,7 +211,12 @@ class Captioning(Task):
         }
         with trained_weights(h["backbone"]):
             self.model = Captioner(
-                len(self.vocabulary), end=self.vocabulary.end, pretrained=h["pretrained"], decoder=make, **options
+                len(self.vocabulary),
+                end=self.vocabulary.end,
+                unknown=self.vocabulary.unknown,
+                pretrained=h["pretrained"],
+                decoder=make,
+                **options,
             )
         if self.inserted is not None:
             size = getattr(data, "input_size", None)
@@ -322,11 +327,16 @@ class Captioning(Task):
         return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
 
     def nats(
-        self, said: Said, words: Int[Tensor, "b r t"], there: Bool[Tensor, "b r t"], smoothing: float = 0.0
+        self,
+        said: Said,
+        words: Int[Tensor, "b r t"],
+        there: Bool[Tensor, "b r t"],
+        smoothing: float = 0.0,
+        never: Sequence[int] = (),
     ) -> Float[Tensor, "b r t"]:
-        """Return the cross entropy of each word, zero where there is none; only true words are told."""
-        logits = self.model.decoder.write(said.features[there])
-        each = F.cross_entropy(wide(logits), words[there], label_smoothing=smoothing, reduction="none")
+        """Return the cross entropy of each word among those that are said, zero where there is none."""
+        logits = without(self.model.decoder.write(said.features[there]), never)
+        each = F.cross_entropy(logits, words[there], label_smoothing=smoothing, reduction="none")
         return torch.zeros_like(there, dtype=each.dtype).masked_scatter(there, each)
 
     def read_words(self, prepared: Any, words: Int[Tensor, "b r t"]) -> Int[Tensor, "b r t"]:
@@ -340,11 +350,12 @@ class Captioning(Task):
         with torch.no_grad():
             if not isinstance(decoder, RecurrentDecoder):
                 logits = decoder.write(decoder(prepared, words).features[:, :, :-1])
-                return torch.where(own, drawn(logits), words)
+                return torch.where(own, drawn(logits, self.model.never), words)
             state, last, read = decoder.begin(prepared, words.shape[1]), None, []
             for t in range(words.shape[2]):
                 features, _, state = decoder.step(last, prepared, state)
-                last = torch.where(own[:, :, t], drawn(decoder.write(features)), words[:, :, t])
+                said = drawn(decoder.write(features), self.model.never)
+                last = torch.where(own[:, :, t], said, words[:, :, t])
                 read.append(last)
         return torch.stack(read, 2)
 
@@ -418,7 +429,8 @@ class Captioning(Task):
     def critical_loss(self, prepared: Any, batch: CaptionBatch) -> Tensor:
         """Return the loss of sentences said by chance, by their CIDEr-D."""
         h, decoder = self.hparams, self.model.decoder
-        found = sample(decoder, prepared, end=self.model.end, count=h["samples"], longest=h["longest"])
+        never = self.model.never  # else it would learn to say what it does not know, where people do
+        found = sample(decoder, prepared, end=self.model.end, count=h["samples"], longest=h["longest"], never=never)
         reward = self.rewards(found, batch.indices)
         if h["baseline"] == "greedy":
             decoder.eval()
@@ -432,7 +444,7 @@ class Captioning(Task):
             raise RunError(f"reward is not finite at step {self.global_step} (epoch {self.current_epoch})")
         there = torch.arange(found.words.shape[2], device=self.device) < found.lengths[..., None]
         said = decoder(prepared, found.words[:, :, :-1], found.lengths)
-        nats = self.nats(said, found.words, there)
+        nats = self.nats(said, found.words, there, never=never)
         self.log_dict({"train/reward": reward.mean(), "train/length": found.lengths.float().mean()})
         loss = ((reward - expected)[..., None] * nats).sum() / shared(there.sum())
         return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
@@ -533,9 +545,9 @@ def shared(words: Tensor) -> Tensor:
     return mean_over_ranks(words.float()).clamp_min(1)
 
 
-def drawn(logits: Float[Tensor, "b r *t v"]) -> Int[Tensor, "b r *t"]:
-    """Draw words as likely as they are."""
-    each = wide(logits).softmax(-1).flatten(0, -2).multinomial(1)
+def drawn(logits: Float[Tensor, "b r *t v"], never: Sequence[int]) -> Int[Tensor, "b r *t"]:
+    """Draw words as likely as they are, but for those that are never said."""
+    each = without(logits, never).softmax(-1).flatten(0, -2).multinomial(1)
     return each.view(logits.shape[:-1])
 
 

@@ -261,6 +261,25 @@ def test_refuses_an_ensemble_of_strangers():
         Ensemble([])
 
 
+def test_words_that_are_never_said_leave_their_probability_to_the_others():
+    tables = scores(2)
+    rest = tables.clone()
+    rest[..., 2] = -torch.inf
+    found = beam(Table(), tables, end=END, width=40, longest=3, never=[2])
+    by_chance = sample(Table(), tables, end=END, count=400, longest=3, never=[2])
+    for b in range(2):
+        tried = every_sentence(rest[b], 3)
+        best = sorted((words for words in tried if 2 not in words), key=lambda words: -tried[words])
+        for n, words in enumerate(best):
+            assert said(found, b, n) == words
+            assert found.log_probs[b, n].item() == pytest.approx(tried[words], abs=1e-12)
+        assert not found.scores[b, len(best) :].isfinite().any()
+        assert sum(map(math.exp, map(tried.get, best))) == pytest.approx(1)
+        for n in range(400):
+            assert by_chance.log_probs[b, n].item() == pytest.approx(tried[said(by_chance, b, n)], abs=1e-12)
+            assert 2 not in said(by_chance, b, n)
+
+
 def test_no_images_have_no_sentences():
     found = beam(Table(), scores(0), end=END, width=3)
     assert found.words.shape[:2] == (0, 3)
@@ -276,6 +295,8 @@ def test_no_images_have_no_sentences():
         ({"longest": 0}, "longest must be at least 1, got 0"),
         ({"shortest": 20}, "shortest must be less than longest=20, got 20"),
         ({"end": 4}, "end must be one of 4 words, got 4"),
+        ({"never": [4]}, r"never must be some of 4 words but end=0, got \[4\]"),
+        ({"never": [0]}, r"never must be some of 4 words but end=0, got \[0\]"),
         ({"alpha": -1.0}, "alpha and diversity must not be negative, got -1.0 and 0.5"),
         ({"norm": "mean"}, "norm must be power or gnmt, got 'mean'"),
     ],
@@ -290,6 +311,7 @@ def test_refuses_a_beam_that_makes_no_sense(options, message, unchecked):
     [
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"never": [-1]}, r"never must be some of 4 words but end=0, got \[-1\]"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"nucleus": 0.0}, r"nucleus must lie in \(0, 1\], got 0.0"),
     ],

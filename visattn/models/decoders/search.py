@@ -1,5 +1,6 @@
 """Which sentence is said: the likeliest found by a beam, or one by chance; images and beams side by side."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -42,6 +43,7 @@ def beam(
     groups: int = 1,
     diversity: float = 0.5,
     repeat: bool = True,
+    never: Sequence[int] = (),
 ) -> Sentences:
     r"""Search for the likeliest sentences by keeping the best beginnings, for all images at once.
 
@@ -65,6 +67,8 @@ def beam(
         groups: In how many groups the beams are.
         diversity: What a word loses for each choice of it by earlier groups.
         repeat: Whether three words in a row may come again.
+        never: Words that are not said, such as one that stands for all that are not known; the others share what they
+            have in probability.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -76,7 +80,7 @@ def beam(
         >>> said.words.shape[:2], said.maps.shape[-1]
         (torch.Size([2, 3]), 49)
     """
-    check(decoder, end, longest, shortest, width=width, groups=groups)
+    check(decoder, end, longest, shortest, never, width=width, groups=groups)
     if width % groups:
         raise ValueError(f"groups must divide width={width}, got {groups}")
     if norm not in get_args(Norm):
@@ -101,7 +105,7 @@ def beam(
     looked = [maps]
     offset = each * torch.arange(groups, device=device)[:, None]
     for t in range(longest):
-        logits = allowed(logits, history, end if t < shortest else None)
+        logits = allowed(logits, history, [*never, end] if t < shortest else never)
         before = live - logits.logsumexp(-1).view_as(live)
         logits = logits.unflatten(1, (groups, each))
         less = logits.new_zeros(images, logits.shape[-1])
@@ -146,6 +150,7 @@ def sample(
     top_k: int | None = None,
     nucleus: float = 1.0,
     repeat: bool = True,
+    never: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Sentences:
     """Say sentences by chance, word by word, several about each image.
@@ -161,12 +166,13 @@ def sample(
         top_k: Among how many of the likeliest words the next is drawn; None: all.
         nucleus: The next is drawn among the likeliest words that have this probability together (arXiv:1904.09751).
         repeat: Whether three words in a row may come again.
+        never: Words that are not said; the others share what they have in probability.
         generator: Where numbers are drawn from.
 
     Raises:
         ValueError: If an option is out of its range.
     """
-    check(decoder, end, longest, shortest, count=count)
+    check(decoder, end, longest, shortest, never, count=count)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -184,7 +190,7 @@ def sample(
             total = wide(logits).new_zeros(logits.shape[:2])
             going = torch.ones_like(total, dtype=torch.bool)
             history = logits.new_empty((*logits.shape[:2], 0), dtype=torch.long)
-        logits = allowed(logits, history, end if t < shortest else None)
+        logits = allowed(logits, history, [*never, end] if t < shortest else never)
         probabilities = truncated(logits / temperature, top_k, nucleus).softmax(-1)
         word = probabilities.flatten(0, 1).multinomial(1, generator=generator).view_as(total).masked_fill(~going, end)
         total = total + logits.log_softmax(-1).gather(2, word[..., None])[..., 0].masked_fill(~going, 0.0)
@@ -200,20 +206,28 @@ def sample(
     return Sentences(said, lengths, total, total, stacked(looked))
 
 
-def check(decoder: Decoder, end: int, longest: int, shortest: int, **counts: int) -> None:
+def check(decoder: Decoder, end: int, longest: int, shortest: int, never: Sequence[int], **counts: int) -> None:
     """Raise a ``ValueError`` if what is asked for is out of its range."""
     at_least_one(longest=longest, **counts)
+    if end in never or not all(0 <= word < decoder.vocabulary for word in never):
+        raise ValueError(f"never must be some of {decoder.vocabulary} words but end={end}, got {list(never)}")
     if not 0 <= end < decoder.vocabulary:
         raise ValueError(f"end must be one of {decoder.vocabulary} words, got {end}")
     if not 0 <= shortest < longest:
         raise ValueError(f"shortest must be less than longest={longest}, got {shortest}")
 
 
-def allowed(logits: Float[Tensor, "b r v"], history: Int[Tensor, "b r t"], never: int | None) -> Float[Tensor, "b r v"]:
-    """Return the logits in at least float32, with -inf for a word that may not come, or would repeat three in a row."""
+def without(logits: Float[Tensor, "*b v"], never: Sequence[int]) -> Float[Tensor, "*b v"]:
+    """Return the logits in at least float32, with -inf for words that may not come."""
     logits = wide(logits)
-    if never is not None:
-        logits = logits.index_fill(2, torch.tensor(never, device=logits.device), -torch.inf)
+    return logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf) if never else logits
+
+
+def allowed(
+    logits: Float[Tensor, "b r v"], history: Int[Tensor, "b r t"], never: Sequence[int]
+) -> Float[Tensor, "b r v"]:
+    """Return the logits in at least float32, with -inf for words that may not come, or would repeat three in a row."""
+    logits = without(logits, never)
     if history.shape[2] >= 3:
         pairs = (history[:, :, :-2] == history[:, :, -2:-1]) & (history[:, :, 1:-1] == history[:, :, -1:])
         less = torch.zeros_like(pairs, dtype=logits.dtype).masked_fill(pairs, -torch.inf)
