@@ -201,14 +201,19 @@ def test_words_are_read_as_they_would_have_been_said(data, decoder, monkeypatch)
     assert 0.3 < sum(changed) / 20 <= 0.5  # half are drawn, and now and then fall on the word itself
 
 
-def test_sentences_are_rewarded_by_their_cider(data):
-    task, batch = built(data, learning="self_critical", samples=3)
+@pytest.mark.parametrize("explored", ["chance", "beam"])
+def test_sentences_are_rewarded_by_their_cider(data, explored):
+    task, batch = built(data, learning="self_critical", samples=3, explored=explored)
     task.scorer = CiderD(task.trainer.datamodule.references("train"), end=task.model.end)
     torch.manual_seed(1)
     loss = task.training_loss(batch)
     torch.manual_seed(1)
     prepared = task.model.prepare(batch.images)
-    found = visattn.models.decoders.sample(task.model.decoder, prepared, end=task.model.end, count=3, never=[1])
+    options = {"end": task.model.end, "never": [1]}
+    if explored == "chance":
+        found = visattn.models.decoders.sample(task.model.decoder, prepared, count=3, **options)
+    else:
+        found = visattn.models.decoders.beam(task.model.decoder, prepared, width=3, alpha=0.7, **options)
     total, count = torch.zeros(()), 0
     for b in range(len(found.words)):
         rewards = [float(task.scorer(found.words[b : b + 1, n], batch.indices[b : b + 1])[0]) for n in range(3)]
@@ -223,6 +228,18 @@ def test_sentences_are_rewarded_by_their_cider(data):
                 total = total - (rewards[n] - sum(others) / 2) * log_p[t, found.words[b, n, t]]
                 count += 1
     torch.testing.assert_close(loss, total / count, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_beam_finds_while_it_learns_is_what_is_said_in_the_end(data):
+    task, batch = built(data, dropout=0.5, decoder=partial(SMALL, dropout=0.5))
+    task.train()
+    found = task.best(batch.images, width=3, alpha=0.7)
+    assert task.model.training
+    assert not task.model.backbone.training  # it is frozen
+    task.eval()
+    with torch.no_grad():
+        said = task.model.caption(batch.images, width=3, alpha=0.7)
+    assert torch.equal(found.words, said.words)
 
 
 def test_some_of_the_cross_entropy_is_added_to_rewards(data):
@@ -441,6 +458,7 @@ def test_words_of_others_are_refused(fit, data, tmp_path, photos):
     [
         ({"backbone": "resnet10x"}, "backbone 'resnet10x' is not known to timm; close: "),
         ({"learning": "reward"}, "learning must be cross_entropy or self_critical or wake_sleep, got 'reward'"),
+        ({"explored": "greedy"}, "explored must be chance or beam, got 'greedy'"),
         ({"baseline": "none"}, "baseline must be greedy or leave_one_out, got 'none'"),
         ({"target": "two"}, "target must be one or length, got 'two'"),
         ({"samples": 0}, "samples must be at least 1, got 0"),

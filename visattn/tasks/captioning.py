@@ -43,6 +43,7 @@ MakeDecoder = Callable[[int, int], Decoder]
 MakeMemoryAttention = Callable[[int, int], MemoryAttention]
 Learning = Literal["cross_entropy", "self_critical", "wake_sleep"]
 Baseline = Literal["greedy", "leave_one_out"]
+Explored = Literal["chance", "beam"]
 Spread = Literal["one", "length"]
 DECAY = 0.9  # of the moving average, in a step
 
@@ -61,7 +62,7 @@ class Captioning(Task):
     r"""Train a captioner to say what is in a picture.
 
     By cross entropy, the mean over the true words of all processes; or, self-critically (arXiv:1612.00563), by the
-    CIDEr-D :math:`R` of sentences that it says by chance,
+    CIDEr-D :math:`R` of sentences that it says,
 
     .. math:: \nabla = -\sum_n (R_n - b_n)\, \nabla \log p(w_n) \Big/ \sum_n |w_n|
 
@@ -103,8 +104,10 @@ class Captioning(Task):
         learning: ``"cross_entropy"``; ``"self_critical"``, which is for a captioner that was trained already; or
             ``"wake_sleep"``, for an attention that picks regions.
         start: Folder or checkpoint of a captioner to start from.
-        samples: How many sentences are said by chance about an image; or by how many draws of regions each caption is
-            read, in wake-sleep learning.
+        samples: How many sentences are said about an image; or by how many draws of regions each caption is read, in
+            wake-sleep learning.
+        explored: Whether those sentences are said by ``"chance"``, or are the best of a ``"beam"`` (arXiv:1912.08226),
+            which are like those that are said in the end.
         baseline: ``"greedy"`` or ``"leave_one_out"``.
         cross_entropy_factor: Weight of the cross entropy in self-critical learning, which has none in the paper.
         policy_factor: Weight of what teaches picks.
@@ -155,6 +158,7 @@ class Captioning(Task):
         learning: Learning = "cross_entropy",
         start: str | None = None,
         samples: int = 5,
+        explored: Explored = "chance",
         baseline: Baseline = "leave_one_out",
         cross_entropy_factor: float = 0.0,
         policy_factor: float = 0.1,
@@ -168,7 +172,8 @@ class Captioning(Task):
     ):
         super().__init__(optimizer, schedule, pretrained)
         known_to_timm(backbone)
-        for name, given, kinds in (("learning", learning, Learning), ("baseline", baseline, Baseline)):
+        named = (("learning", learning, Learning), ("explored", explored, Explored), ("baseline", baseline, Baseline))
+        for name, given, kinds in named:
             if given not in get_args(kinds):
                 raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {given!r}")
         if target not in get_args(Spread):
@@ -427,17 +432,16 @@ class Captioning(Task):
         return (count - total).square().sum(-1).mean()
 
     def critical_loss(self, prepared: Any, batch: CaptionBatch) -> Tensor:
-        """Return the loss of sentences said by chance, by their CIDEr-D."""
+        """Return the loss of sentences that are said, by their CIDEr-D."""
         h, decoder = self.hparams, self.model.decoder
         never = self.model.never  # else it would learn to say what it does not know, where people do
-        found = sample(decoder, prepared, end=self.model.end, count=h["samples"], longest=h["longest"], never=never)
+        if h["explored"] == "beam":
+            found = self.best(batch.images, width=h["samples"], alpha=h["alpha"])
+        else:
+            found = sample(decoder, prepared, end=self.model.end, count=h["samples"], longest=h["longest"], never=never)
         reward = self.rewards(found, batch.indices)
         if h["baseline"] == "greedy":
-            decoder.eval()
-            with torch.no_grad():
-                greedy = self.model.say(self.ready(batch.images), width=1, longest=h["longest"])
-            decoder.train()
-            expected = self.rewards(greedy, batch.indices)
+            expected = self.rewards(self.best(batch.images, width=1), batch.indices)
         else:
             expected = (reward.sum(1, keepdim=True) - reward) / (h["samples"] - 1)
         if not reward.isfinite().all():
@@ -448,6 +452,14 @@ class Captioning(Task):
         self.log_dict({"train/reward": reward.mean(), "train/length": found.lengths.float().mean()})
         loss = ((reward - expected)[..., None] * nats).sum() / shared(there.sum())
         return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
+
+    @torch.no_grad()
+    def best(self, images: Tensor, **options: Any) -> Sentences:
+        """Return the likeliest sentences about images, as they would be said in the end: nothing is dropped."""
+        self.eval()
+        found = self.model.say(self.ready(images), longest=self.hparams["longest"], **options)
+        self.train()
+        return found
 
     def rewards(self, found: Sentences, images: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
         """Return the CIDEr-D of sentences about images."""
