@@ -105,6 +105,7 @@ def test_the_captioner_in_checkpoints_tells_photos_that_it_never_saw(capsys, sha
     with torch.no_grad():
         found = model.caption(images, width=5, alpha=0.7, longest=20)
     said = [model.vocabulary.decode(words) for words in found.words[:, 0].tolist()]
+    assert not any("<unknown>" in sentence for sentence in said)
     own, others = evaluate(said, people), evaluate(said, people[1:] + people[:1])
     assert own["bleu_1"] > 0.55
     assert own["cider_d"] > 4 * others["cider_d"]
