@@ -104,8 +104,9 @@ def beam(
     parents: list[Tensor] = []
     looked = [maps]
     offset = each * torch.arange(groups, device=device)[:, None]
+    unsaid = torch.tensor([*never, end], device=device)
     for t in range(longest):
-        logits = allowed(logits, history, [*never, end] if t < shortest else never)
+        logits = allowed(logits, history, unsaid if t < shortest else unsaid[:-1])
         before = live - logits.logsumexp(-1).view_as(live)
         logits = logits.unflatten(1, (groups, each))
         less = logits.new_zeros(images, logits.shape[-1])
@@ -190,7 +191,8 @@ def sample(
             total = wide(logits).new_zeros(logits.shape[:2])
             going = torch.ones_like(total, dtype=torch.bool)
             history = logits.new_empty((*logits.shape[:2], 0), dtype=torch.long)
-        logits = allowed(logits, history, [*never, end] if t < shortest else never)
+            unsaid = torch.tensor([*never, end], device=logits.device)
+        logits = allowed(logits, history, unsaid if t < shortest else unsaid[:-1])
         probabilities = truncated(logits / temperature, top_k, nucleus).softmax(-1)
         word = probabilities.flatten(0, 1).multinomial(1, generator=generator).view_as(total).masked_fill(~going, end)
         total = total + logits.log_softmax(-1).gather(2, word[..., None])[..., 0].masked_fill(~going, 0.0)
@@ -217,14 +219,14 @@ def check(decoder: Decoder, end: int, longest: int, shortest: int, never: Sequen
         raise ValueError(f"shortest must be less than longest={longest}, got {shortest}")
 
 
-def without(logits: Float[Tensor, "*b v"], never: Sequence[int]) -> Float[Tensor, "*b v"]:
+def without(logits: Float[Tensor, "*b v"], never: Sequence[int] | Int[Tensor, "n"]) -> Float[Tensor, "*b v"]:
     """Return the logits in at least float32, with -inf for words that may not come."""
     logits = wide(logits)
-    return logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf) if never else logits
+    return logits.index_fill(-1, torch.as_tensor(never, device=logits.device), -torch.inf) if len(never) else logits
 
 
 def allowed(
-    logits: Float[Tensor, "b r v"], history: Int[Tensor, "b r t"], never: Sequence[int]
+    logits: Float[Tensor, "b r v"], history: Int[Tensor, "b r t"], never: Int[Tensor, "n"]
 ) -> Float[Tensor, "b r v"]:
     """Return the logits in at least float32, with -inf for words that may not come, or would repeat three in a row."""
     logits = without(logits, never)
