@@ -320,7 +320,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     wait_for(tmp_path / "runs/quickstart/version_0/checkpoints/last.ckpt", process)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
+    assert process.returncode == 1, said
     command = re.search(r"go on: python (.*)", said)
     assert command, said
     visattn.load(tmp_path / "runs/quickstart/version_0/model")
