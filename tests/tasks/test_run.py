@@ -1,4 +1,5 @@
 import csv
+import io
 import os
 import resource
 from pathlib import Path
@@ -42,6 +43,34 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert torch.load(path, weights_only=True) == {"step": 1}
     with Room(50_000), pytest.raises(RunError, match=r"other.ckpt cannot be written .*; earlier ones are whole"):
         files.save_checkpoint(state, tmp_path / "other.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("write", [1, 2, 20])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interruption_waits_for_the_file_unless_it_comes_twice(write, times, tmp_path, monkeypatch):
+    interruptions = [write] * times
+
+    class Interrupted(io.FileIO):
+        left = 0
+
+        def write(self, data):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    def opened(path, mode):
+        file = Interrupted(path, mode)
+        file.left = interruptions.pop() if interruptions else 0
+        return file
+
+    files, path = WholeFiles(), tmp_path / "last.ckpt"
+    files.save_checkpoint({"step": 1}, path)
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+    assert torch.load(path, weights_only=True)["step"] == (2 if times == 1 else 1)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 

@@ -64,6 +64,13 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._write(checkpoint, path)
+        except KeyboardInterrupt:  # what the run goes on from says that this file is there
+            self._write(checkpoint, path)
+            raise
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         part = path.with_name(f".{path.name}.part")
         try:
             with part.open("wb") as file:
@@ -72,8 +79,10 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
             self.make_room(path, part.stat().st_size)
             part.replace(path)
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError, and an interruption too
             cause = error if isinstance(error, OSError) else error.__context__ or error
+            if not isinstance(cause, Exception):
+                raise cause from None
             kept = f"the one before it is whole: {path}" if path.exists() else "earlier ones are whole"
             raise RunError(f"checkpoint {path} cannot be written ({cause}); {kept}") from error
         finally:
