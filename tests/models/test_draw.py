@@ -336,6 +336,25 @@ def test_the_gradient_of_the_logits_teaches_where_to_look():
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ([[0.0, 1.5], [0.0, 0.0]], r"first must lie in \[-1, 1\], got \[0.0, 1.5\] first, in 1 rows"),
+        ([[0.0, 0.0], [math.nan, 0.0]], r"first must lie in \[-1, 1\], got \[nan, 0.0\] first, in 1 rows"),
+        ([[0.0] * 3] * 2, "first must be 2 numbers for each roll-out, got 3"),
+    ],
+)
+def test_refuses_first_locations_that_are_none(first, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        few().rollout(torch.rand(2, 1, 14, 11), first=torch.tensor(first))
+
+
+def test_refuses_images_smaller_than_a_patch():
+    patch = FEW["patch"]
+    with pytest.raises(ValueError, match=f"images must be at least {patch}, as high and wide as patch, got 2 × 11"):
+        few()(torch.rand(2, 1, 2, 11))
+
+
 def test_controls_have_centres_of_their_own():
     network, x = few(), torch.rand(200, 1, 14, 11)
     told = network.rollout(x[:1]).locations[0, 0]

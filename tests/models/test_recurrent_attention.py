@@ -8,7 +8,7 @@ import torch
 import visattn
 from visattn.models import RecurrentAttention
 from visattn.models.looker import Rollout
-from visattn.models.recurrent_attention import stopping
+from visattn.models.readout import stopping
 
 SMALL = {"width": 12, "glimpse_width": 7, "location_width": 5, "size": (20, 28), "patch": 6, "glimpses": 4}
 
@@ -156,7 +156,7 @@ def test_begins_anywhere_or_at_the_centre():
 def test_controls_do_not_ask_the_policy():
     network, x = small(first="centre"), torch.rand(200, 1, 20, 28)
     network.locator = None
-    network._mean = lambda states, answer=None: torch.zeros(*states.shape[:-1], 2)
+    network.mean = lambda states: torch.zeros(*states.shape[:-1], 2)
     network.policy.sample = None
     assert not network.rollout(x, policy="centre").locations.any()
     where = network.rollout(x, policy="random").locations

@@ -18,7 +18,7 @@ from torch.optim import Adam
 
 import visattn
 from visattn.data.canvas import Canvas
-from visattn.models import DeepRecurrentAttention, DigitClassifier, RecurrentAttention
+from visattn.models import DeepRecurrentAttention, DigitClassifier, GlanceFocus, RecurrentAttention
 from visattn.models.looker import Looker, Rollout
 from visattn.tasks import Looking, RunError
 from visattn.tasks.command_line import run_cli
@@ -373,6 +373,30 @@ def test_every_parameter_has_a_gradient_whatever_is_learned():
         task = built(**options)
         task.training_loss(batch()).backward()
         assert [name for name, p in task.model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "make", [partial(RecurrentAttention, **SMALL | {"glimpses": 1}), partial(DeepRecurrentAttention, glimpses=1)]
+)
+def test_every_parameter_that_learns_has_a_gradient_of_a_single_glimpse(make):
+    task = built(make)
+    side = (28, 28) if make.func is RecurrentAttention else (100, 100)
+    task.training_loss((torch.rand(2, 1, *side), torch.tensor([1, 2]))).backward()
+    assert [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("reward", ["correct", "probability", "log_probability", "rise"])
+def test_rewards_are_added_up_deterministically_on_a_gpu_too(reward, monkeypatch):
+    task = built(partial(RecurrentAttention, **SMALL, halting=True), reward=reward, ponder=0.1)
+    monkeypatch.setattr(torch.Tensor, "cumsum", None)  # which refuses floating point numbers there
+    assert {"glimpse", "halt", "locator"} <= parts(gradients(task))
+
+
+def test_what_looking_cannot_train_is_refused():
+    with pytest.raises(ValueError, match="network must not be GlanceFocus, which Focusing trains in stages, got "):
+        built(partial(GlanceFocus, backbone="test_resnet"))
+    with pytest.raises(ValueError, match=r"ponder must be 0 for a network that never halts, got 0\.1"):
+        built(ponder=0.1)
 
 
 # --- several targets --------------------------------------------------------------------------------------------------

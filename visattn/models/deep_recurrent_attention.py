@@ -7,11 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.attention.core import uncast, wide
+from visattn.attention.core import wide
 from visattn.attention.sampling.retina import Retina
-from visattn.models.looker import Looker, Policy, Rollout
-from visattn.models.network import at_least_one, named
+from visattn.models.looker import Chooser, Policy, Rollout, anywhere, decided
+from visattn.models.network import at_least_one, headless
 from visattn.models.policy import GaussianPolicy
+from visattn.models.readout import Halting, Readout, read_out, scorer
 from visattn.models.recurrent_attention import vectors
 
 KERNELS = (5, 3, 3)
@@ -19,7 +20,7 @@ LEAST = 1 + sum(kernel - 1 for kernel in KERNELS)
 """Height and width that convolutions without padding need."""
 
 
-class DeepRecurrentAttention(Looker):
+class DeepRecurrentAttention(Chooser):
     r"""Look at an image by glimpses, with one memory for what was seen and another for where to look, and name targets.
 
     .. math:: g_t = (G_\rho\, \rho(x, l_t))_+ \odot (G_l\, l_t)_+, \quad r^1_t = \mathrm{LSTM}_1(g_t, r^1_{t-1}), \quad
@@ -27,11 +28,12 @@ class DeepRecurrentAttention(Looker):
 
     .. math:: \mu_{t+1} = W_\mu r^2_t, \quad z_t = W_z (W_h r^1_t)_+, \quad r^1_0 = 0, \quad r^2_0 = C(x)
 
-    (arXiv:1412.7755). :math:`\rho` is a :class:`~visattn.attention.sampling.Retina`, :math:`G_\rho` three convolutions
-    and a layer, :math:`\mu` the mean of a :class:`~visattn.models.policy.GaussianPolicy`. Biases are not written. The
-    context :math:`C`, three convolutions and a layer on the image made small, says where to look first, which is an
-    action like all others, and reaches no logits but by where was looked. It is the cell of :math:`r^2_0`, whose state
-    is its tanh; that, and how many filters there are but for glimpses of house numbers, the paper leaves open.
+    (arXiv:1412.7755). :math:`\rho` is a :class:`~visattn.attention.sampling.retina.Retina`, :math:`G_\rho` three
+    convolutions and a layer, :math:`\mu` the mean of a :class:`~visattn.models.policy.GaussianPolicy`. Biases are not
+    written. The context :math:`C`, three convolutions and a layer on the image made small, says where to look first,
+    which is an action like all others, and reaches no logits but by where was looked. It is the cell of :math:`r^2_0`,
+    whose state is its tanh; that, and how many filters there are but for glimpses of house numbers, the paper leaves
+    open.
 
     The gradient of the logits reaches the glimpses, the first memory and the classifier; that of where was looked goes
     on from the second memory and the context to the first, as in the paper. What guesses the reward changes no memory.
@@ -60,6 +62,10 @@ class DeepRecurrentAttention(Looker):
         spread: Standard deviation of locations around what the memory says, in units of half the image; or the first
             and the last of a training.
         learned_spread: Whether it is learned.
+        readout: What is classified after a glimpse: the ``"last"`` state as in the paper, the ``"mean"`` of all since
+            the target before, or their sum by weights of ``"attention"``.
+        halting: Whether a probability to stop follows from each state (arXiv:2107.05407), for one target;
+            :meth:`forward` stops where that to have stopped passes a half.
 
     Raises:
         ValueError: If an option is out of its range, or images are smaller than a patch.
@@ -94,6 +100,8 @@ class DeepRecurrentAttention(Looker):
         context_filters: tuple[int, int, int] = (16, 16, 32),
         spread: float | tuple[float, float] = (0.2, 0.05),
         learned_spread: bool = False,
+        readout: Readout = "last",
+        halting: bool = False,
     ):
         super().__init__()
         self.arguments.pop("pretrained", None)  # whoever builds it again has weights
@@ -108,6 +116,8 @@ class DeepRecurrentAttention(Looker):
         }.items():
             if side < LEAST:
                 raise ValueError(f"{name} must be at least {LEAST} for convolutions without padding, got {side}")
+        if halting and targets > 1:
+            raise ValueError(f"halting must be False for several targets, whose glimpses go on, got {targets} targets")
         self.num_classes = num_classes
         self.targets = targets
         self.glimpses = glimpses
@@ -116,19 +126,24 @@ class DeepRecurrentAttention(Looker):
         self.sensor.prepare(torch.empty(1, in_chans, *size, device="meta"))  # raises if they are too small
         reader: nn.Module
         if encoder:
-            options = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained} | (encoder_args or {})
-            reader = EachPatch(named("encoder", encoder, **options), (scales, in_chans, patch, patch), glimpse_width)
+            model, known = headless("encoder", encoder, encoder_args, in_chans=in_chans, pretrained=pretrained)
+            self.arguments |= known
+            reader = EachPatch(model, (scales, in_chans, patch, patch), glimpse_width)
         else:
             reader = nn.Sequential(nn.Flatten(1, 2), convolutions(scales * in_chans, patch, filters, glimpse_width))
         self.glimpse = Glimpse(reader, glimpse_width)
         self.lower = nn.LSTMCell(glimpse_width, width)
-        self.upper = nn.LSTMCell(width, width)
+        self.upper = nn.LSTMCell(width, width).requires_grad_(targets * glimpses > 1)  # else it is never asked
         self.context_size = context
         self.context = None if context is None else convolutions(in_chans, context, context_filters, width)
         self.locator = nn.Linear(width, 2)
         self.policy = GaussianPolicy(spread=spread, learned=learned_spread)
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
         self.baseline = nn.Linear(width, 1)
+        self.readout = readout
+        self.score = scorer(readout, width)
+        self.halts = halting
+        self.halt = Halting(width) if halting else None
 
     def rollout(
         self,
@@ -145,15 +160,19 @@ class DeepRecurrentAttention(Looker):
         if first is not None:
             self.sensor.refuse_astray(first)
         elif self.begins_anywhere:
-            first = self._anywhere(wide(images.new_zeros(count, 2)), policy)
+            first = anywhere(images.new_zeros(count, 1), "centre" if policy == "centre" else "random")
         return self._look(images, rollouts, first, policy)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b *s k"]:
         first = images.new_zeros(images.shape[0], 2) if self.begins_anywhere else None
-        logits = self._look(images, 1, first, "mean").logits
-        return logits[:, -1] if self.targets == 1 else logits[:, self.glimpses - 1 :: self.glimpses]
+        rollout = self._look(images, 1, first, "mean", early=True)
+        if self.targets == 1:
+            return decided(rollout.logits, rollout.halting)
+        return rollout.logits[:, self.glimpses - 1 :: self.glimpses]
 
-    def _look(self, images: Tensor, rollouts: int, first: Tensor | None, policy: Policy) -> Rollout:
+    def _look(
+        self, images: Tensor, rollouts: int, first: Tensor | None, policy: Policy, *, early: bool = False
+    ) -> Rollout:
         """Look from first locations on; what can be done for all glimpses at once is done behind the loop."""
         prepared = self.sensor.prepare(images)
         known, plan = None, self._begin(images, rollouts)
@@ -162,24 +181,35 @@ class DeepRecurrentAttention(Looker):
         plans: list[Tensor] = []
         for t in range(self.targets * self.glimpses):
             if seen:
+                if early and self.halt is not None and self.halt.over(seen):
+                    break
                 plan = self.upper(seen[-1], plan)
             if plan is not None and t == len(actions):
                 plans.append(plan[0])
-                actions.append(self._act(plan[0], policy))
+                actions.append(self.act(plan[0], policy))
             where = actions[t].clamp(-1, 1)
             known = self.lower(self.glimpse(self.sensor(prepared, where), where), known)
             seen.append(known[0])
         states, done = torch.stack(seen), torch.stack(actions)  # time comes first, so that it is read in one piece
         before = torch.stack(plans) if plans else states[:0]
-        means = self._mean(before)
+        read, weights = self._read(states)
         return Rollout(
-            self.classifier(states).transpose(0, 1),
+            self.classifier(read).transpose(0, 1),
             done.clamp(-1, 1).transpose(0, 1),
-            self.policy.log_prob(means, done[len(done) - len(before) :]).T,
-            self.policy.entropy(means).T,
-            self.baseline(before.detach())[..., 0].T,
-            F.pad(torch.zeros_like(states[:-1, :, 0]).T, (0, 1), value=1),
+            *self.judge(before, done[len(done) - len(before) :]),
+            weights,
+            None if self.halt is None else self.halt.probabilities(states),
         )
+
+    def _read(self, states: Float[Tensor, "t m d"]) -> tuple[Float[Tensor, "t m d"], Float[Tensor, "m t"]]:
+        """Return what is classified after each glimpse, and the weights of all glimpses in the last."""
+        if self.targets == 1:
+            return read_out(states, self.readout, self.score)
+        each = states.unflatten(0, (self.targets, -1)).transpose(0, 1).flatten(1, 2)
+        read, weights = read_out(each, self.readout, self.score)
+        read = read.unflatten(1, (self.targets, -1)).transpose(0, 1).flatten(0, 1)
+        last = weights.unflatten(0, (self.targets, -1))[-1]
+        return read, F.pad(last, (len(states) - self.glimpses, 0))
 
     def _begin(self, images: Tensor, rollouts: int) -> tuple[Tensor, Tensor] | None:
         """Return the first state of where to look, and its cell."""
@@ -188,23 +218,6 @@ class DeepRecurrentAttention(Looker):
         cell = self.context(F.interpolate(images, (self.context_size, self.context_size), mode="area"))
         cell = cell.repeat_interleave(rollouts, 0)
         return cell.tanh(), cell
-
-    def _mean(self, plans: Tensor) -> Tensor:
-        """Return where to look next, on average."""
-        with uncast(plans.device):
-            return wide(self.locator(plans.to(self.locator.weight.dtype)))
-
-    @torch.no_grad()
-    def _act(self, plan: Tensor, policy: Policy) -> Tensor:
-        mean = self._mean(plan)
-        if policy == "sample":
-            return self.policy.sample(mean)
-        return mean if policy == "mean" else self._anywhere(mean, policy)
-
-    @staticmethod
-    def _anywhere(like: Tensor, policy: Policy) -> Tensor:
-        """Return locations that ask nothing."""
-        return torch.zeros_like(like) if policy == "centre" else torch.empty_like(like).uniform_(-1, 1)
 
 
 class Glimpse(nn.Module):

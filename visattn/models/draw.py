@@ -1,18 +1,20 @@
 """Gregor, Danihelka, Graves, Rezende, Wierstra: DRAW: A Recurrent Neural Network For Image Generation (ICML 2015)."""
 
 import math
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from visattn.attention.base import Built
-from visattn.attention.core import softmax, uncast, wide
+from visattn.attention.core import uncast, wide
 from visattn.attention.sampling.gaussian_glimpse import GaussianGlimpse
-from visattn.models.looker import Looker, Policy, Rollout
-from visattn.models.network import at_least_one, named
-from visattn.models.recurrent_attention import Readout, vectors
+from visattn.models.looker import Looker, Policy, Rollout, anywhere, decided
+from visattn.models.network import at_least_one, headless
+from visattn.models.readout import Halting, Readout, read_out, scorer
+from visattn.models.recurrent_attention import vectors
 
 WINDOW = GaussianGlimpse.number
 
@@ -248,6 +250,8 @@ class DifferentiableGlimpseClassifier(Looker):
         pretrained: Whether the encoder starts with its trained weights.
         readout: What is classified after a glimpse: the ``"last"`` state, the ``"mean"`` of all so far, or their sum by
             weights of ``"attention"``.
+        halting: Whether a probability to stop follows from each state (arXiv:2107.05407); :meth:`forward` stops where
+            that to have stopped passes a half.
 
     Raises:
         ValueError: If an option is out of its range, or images are smaller than a patch.
@@ -272,31 +276,31 @@ class DifferentiableGlimpseClassifier(Looker):
         encoder_args: dict[str, Any] | None = None,
         pretrained: bool = False,
         readout: Readout = "last",
+        halting: bool = False,
     ):
         super().__init__()
         self.arguments.pop("pretrained", None)  # whoever builds it again has weights
         at_least_one(num_classes=num_classes, in_chans=in_chans, glimpses=glimpses, width=width)
         fits(size, patch=patch)
-        if readout not in get_args(Readout):
-            raise ValueError(f"readout must be {' or '.join(get_args(Readout))}, got {readout!r}")
         if (pretrained or encoder_args) and not encoder:
             raise ValueError("pretrained and encoder_args must be left out without an encoder")
         self.num_classes = num_classes
         self.glimpses = glimpses
         self.readout = readout
+        self.halts = halting
         self.sensor = GaussianGlimpse(patch)
         self.encoder: nn.Module = nn.Flatten()
         seen = in_chans * patch**2
         if encoder:
-            self.encoder = named(
-                "encoder", encoder, num_classes=0, in_chans=in_chans, pretrained=pretrained, **encoder_args or {}
-            )
+            self.encoder, known = headless("encoder", encoder, encoder_args, in_chans=in_chans, pretrained=pretrained)
+            self.arguments |= known
             seen = vectors(self.encoder, (in_chans, patch, patch))
         self.memory = Memory(seen, width)
         self.aim = nn.Linear(width, WINDOW)
         tile(self.aim.bias, patch, size)
-        self.score = nn.Linear(width, 1) if readout == "attention" else None
+        self.score = scorer(readout, width)
         self.classifier = nn.Linear(width, num_classes)
+        self.halt = Halting(width) if halting else None
 
     def rollout(
         self,
@@ -311,36 +315,47 @@ class DifferentiableGlimpseClassifier(Looker):
         count = self.count(images, rollouts, policy, first)
         if answer is not None:
             raise ValueError("answer must be None: nothing that is told it draws actions")
+        if first is not None:
+            if first.shape[1] != 2:
+                raise ValueError(f"first must be 2 numbers for each roll-out, got {first.shape[1]}")
+            if astray := first[~(first.abs() <= 1).all(1)].tolist():
+                raise ValueError(f"first must lie in [-1, 1], got {astray[0]} first, in {len(astray)} rows")
+        return self._look(images, count, policy, first)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        rollout = self._look(images, images.shape[0], "mean", early=True)
+        return decided(rollout.logits, rollout.halting)
+
+    def _look(
+        self, images: Tensor, count: int, policy: Policy, first: Tensor | None = None, *, early: bool = False
+    ) -> Rollout:
+        """Look through one window after another; what can be done for all glimpses at once is done behind the loop."""
+        fits(images.shape[2:], "images", patch=self.sensor.size)
         prepared, past = self.sensor.prepare(images), self.memory.begin(count)
-        windows, states = [], []
+        windows: list[Tensor] = []
+        states: list[Tensor] = []
         for t in range(self.glimpses):
+            if early and states and self.halt is not None and self.halt.over(states):
+                break
             window = self._window(past[0])
             if policy in ("random", "centre"):
-                centre = torch.zeros_like(window[:, :2])
-                window = torch.cat((centre.uniform_(-1, 1) if policy == "random" else centre, window[:, 2:]), 1)
+                window = torch.cat((anywhere(window, policy), window[:, 2:]), 1)
             if t == 0 and first is not None:
                 window = torch.cat((first.to(window), window[:, 2:]), 1)
             windows.append(window)
             past = self.memory((self.encoder(self.sensor(prepared, window)[:, 0]),), past)
             states.append(past[0])
-        weights = self._weights(torch.stack(states, 1))
-        logits = self.classifier(weights.to(states[0].dtype) @ torch.stack(states, 1))
+        h = torch.stack(states)
+        read, weights = read_out(h, self.readout, self.score)
+        logits = self.classifier(read).transpose(0, 1)
         nothing = logits.new_zeros(count, 0)
-        return Rollout(logits, torch.stack(windows, 1), nothing, nothing, nothing, weights[:, -1])
+        halting = None if self.halt is None else self.halt.probabilities(h)
+        return Rollout(logits, torch.stack(windows, 1), nothing, nothing, nothing, weights, halting)
 
     def _window(self, state: Tensor) -> Float[Tensor, "m 5"]:
         """Return where to look next, in at least float32."""
         with uncast(state.device):
             return wide(self.aim(state.to(self.aim.weight.dtype)))
-
-    def _weights(self, states: Float[Tensor, "m t d"]) -> Float[Tensor, "m t t"]:
-        """Return how much of each state, in columns, is classified after each glimpse, in rows."""
-        count = states.shape[1]
-        if self.readout == "last":
-            return torch.eye(count, dtype=states.dtype, device=states.device).expand(len(states), -1, -1)
-        scores = states[..., 0] * 0 if self.score is None else self.score(states)[..., 0]
-        later = torch.ones(count, count, dtype=torch.bool, device=states.device).triu(1)
-        return softmax(scores[:, None].masked_fill(later, -torch.inf))
 
 
 @torch.no_grad()
@@ -366,10 +381,11 @@ def divergence(mean: Float[Tensor, "*b d"], log_spread: Float[Tensor, "*b d"]) -
     return (mean.square() + torch.expm1(2 * log_spread) - 2 * log_spread).sum(-1) / 2
 
 
-def fits(size: tuple[int, int], **patches: int) -> None:
+def fits(size: Sequence[int], argument: str = "size", **patches: int) -> None:
     """Raise a ``ValueError`` if images are smaller than a patch, or a patch has no two filters."""
-    for name, patch in patches.items():
-        if patch < 2:
-            raise ValueError(f"{name} must be at least 2, got {patch}")
-        if min(size) < patch:
-            raise ValueError(f"size must be at least {patch}, as high and wide as {name}, got {size[0]} × {size[1]}")
+    for name, side in patches.items():
+        if side < 2:
+            raise ValueError(f"{name} must be at least 2, got {side}")
+        if min(size) < side:
+            given = f"{size[0]} × {size[1]}"
+            raise ValueError(f"{argument} must be at least {side}, as high and wide as {name}, got {given}")

@@ -15,8 +15,9 @@ from visattn.attention.core import plain, softmax, uncast, wide
 from visattn.attention.sampling.glimpses import SQUARE, Sensor, pixels
 from visattn.attention.sampling.retina import Retina
 from visattn.models.looker import Looker, Policy, Rollout, decided
-from visattn.models.network import at_least_one, named
+from visattn.models.network import at_least_one, headless
 from visattn.models.policy import GaussianPolicy
+from visattn.models.readout import at_last
 
 Kind = Literal["recurrent", "concatenation"]
 NARROW = 32  # channels to which the policy narrows a feature map
@@ -117,9 +118,14 @@ class GlanceFocus(Looker):
         self.glimpses = glimpses
         self.confidence = limits(confidence, glimpses - 1)
         self.sensor = GlanceSensor(patch)
-        options = {"num_classes": 0, "in_chans": in_chans, "pretrained": pretrained} | (backbone_args or {})
         names = {"backbone": backbone} | ({"crop_backbone": crop_backbone} if crop_backbone else {})
-        self.backbones = nn.ModuleList(named(argument, name, **options) for argument, name in names.items())
+        self.backbones = nn.ModuleList()
+        for argument, name in names.items():
+            model, known = headless(
+                argument, name, backbone_args, in_chans=in_chans, pretrained=pretrained, among="backbone_args"
+            )
+            self.backbones.append(model)
+            self.arguments |= known
         made = [shapes(name, each, (in_chans, patch, patch)) for name, each in zip(names, self.backbones, strict=True)]
         (seen, features) = made[0]
         if made[-1] != made[0]:
@@ -159,7 +165,7 @@ class GlanceFocus(Looker):
             log_probs,
             entropies,
             values,
-            F.pad(torch.zeros_like(looks.logits[:, 1:, 0]), (0, 1), value=1),
+            at_last(looks.logits[..., 0]),
             self._halting(looks.logits),
         )
 

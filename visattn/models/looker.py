@@ -4,10 +4,12 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from visattn.attention.core import uncast, wide
 from visattn.models.network import Classifier
+from visattn.models.policy import GaussianPolicy
+from visattn.models.readout import at_last, so_far
 
 Policy = Literal["sample", "mean", "random", "centre"]
 
@@ -46,12 +48,12 @@ class Rollout(NamedTuple):
         """Probability to stop after each glimpse; without halting, all at the last."""
         if self.halting is not None:
             return self.halting
-        return F.pad(torch.zeros_like(self.weights[:, 1:]), (0, 1), value=1)
+        return at_last(self.weights)
 
     @property
     def expected_glimpses(self) -> Float[Tensor, "m"]:
         """How many glimpses are taken on average."""
-        return self.stops.flip(1).cumsum(1).sum(1)
+        return sum(t * stop for t, stop in enumerate(self.stops.unbind(1), 1))  # type: ignore[return-value]
 
     @property
     def decision(self) -> Float[Tensor, "m k"]:
@@ -61,7 +63,7 @@ class Rollout(NamedTuple):
 
 def taken(halting: Float[Tensor, "m t"]) -> Int[Tensor, "m"]:
     """Return after how many glimpses the probability to have stopped passes a half."""
-    return 1 + (halting.cumsum(1)[:, :-1] <= 0.5).sum(1)
+    return 1 + (so_far(halting)[:, :-1] <= 0.5).sum(1)
 
 
 def decided(logits: Float[Tensor, "m t k"], halting: Float[Tensor, "m t"] | None) -> Float[Tensor, "m k"]:
@@ -74,14 +76,16 @@ def decided(logits: Float[Tensor, "m t k"], halting: Float[Tensor, "m t"] | None
 class Looker(Classifier):
     """A classifier that looks at one place after another.
 
-    Its :meth:`forward` is the same in every call: each action is the mean of the policy, and the first location, where
-    the network begins anywhere, is the centre.
+    Its ``forward`` is the same in every call: each action is the mean of the policy, and the first location, where the
+    network begins anywhere, is the centre.
     """
 
     begins_anywhere: bool = False
     """Whether the first location is drawn without being asked."""
     targets: int = 1
     """How many targets it names one after another, each by the logits after the last of equally many glimpses."""
+    halts: bool = False
+    """Whether it learns when to stop."""
     informed: bool = False
     """Whether :meth:`rollout` takes the answer, and something that is told it draws the actions."""
 
@@ -120,7 +124,37 @@ class Looker(Classifier):
             raise ValueError(f"first must be a location for each of {count} roll-outs, got {first.shape[0]}")
         return count
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        first = images.new_zeros(images.shape[0], 2) if self.begins_anywhere else None
-        rollout = self.rollout(images, policy="mean", first=first)
-        return decided(rollout.logits, rollout.halting)
+
+class Chooser(Looker):
+    """A looker that draws locations around what a layer says of its states, and guesses from these its reward."""
+
+    locator: nn.Linear
+    policy: GaussianPolicy
+    baseline: nn.Linear
+
+    def mean(self, states: Float[Tensor, "*t m d"]) -> Float[Tensor, "*t m 2"]:
+        """Return where to look next, on average, in at least float32."""
+        with uncast(states.device):
+            return wide(self.locator(states.to(self.locator.weight.dtype)))
+
+    @torch.no_grad()
+    def act(self, states: Float[Tensor, "m d"], policy: Policy) -> Float[Tensor, "m 2"]:
+        """Return where to look next."""
+        if policy in ("random", "centre"):
+            return anywhere(states, policy)
+        mean = self.mean(states)
+        return mean if policy == "mean" else self.policy.sample(mean)
+
+    def judge(
+        self, states: Float[Tensor, "a m d"], actions: Float[Tensor, "a m 2"]
+    ) -> tuple[Float[Tensor, "m a"], Float[Tensor, "m a"], Float[Tensor, "m a"]]:
+        """Return log-probabilities of actions, entropies before them, and the rewards that are guessed."""
+        means = self.mean(states)
+        guessed = self.baseline(states.detach())[..., 0]
+        return self.policy.log_prob(means, actions).T, self.policy.entropy(means).T, guessed.T
+
+
+def anywhere(states: Float[Tensor, "m d"], policy: Policy) -> Float[Tensor, "m 2"]:
+    """Return locations that ask nothing of states: anywhere, or the centre."""
+    where = wide(states.new_zeros(states.shape[0], 2))
+    return where if policy == "centre" else where.uniform_(-1, 1)

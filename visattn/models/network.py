@@ -161,14 +161,42 @@ def named(argument: str, name: str, own: Sequence[str] = (), **options: Any) -> 
     return timm.create_model(name, **options)
 
 
-def as_timm_has_it(name: str, model: Any) -> dict[str, Any]:
+def as_timm_has_it(name: str, model: Any, argument: str = "backbone") -> dict[str, Any]:
     """Return by which name and arguments timm builds again what was built from a folder, which may be gone by then."""
     if not name.startswith("local-dir:"):
         return {}
     cfg, args = model.pretrained_cfg, dict(model._model_args)
     if cfg.get("tag"):  # else it would be called after other weights, those that timm has by default
         args["pretrained_cfg_overlay"] = {"tag": cfg["tag"]}
-    return {"backbone": cfg["architecture"], "backbone_args": args}
+    return {argument: cfg["architecture"], f"{argument}_args": args}
+
+
+def headless(
+    argument: str, name: str, args: dict[str, Any] | None, *, in_chans: int, pretrained: bool, among: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the timm model that an argument names, without its classifier.
+
+    Args:
+        argument: What the argument is called.
+        name: What it says.
+        args: Further arguments of ``timm.create_model``.
+        in_chans: Channels of its input.
+        pretrained: Whether it starts with its trained weights.
+        among: What the argument with ``args`` is called; None: as ``argument``, with ``_args`` behind.
+
+    Returns:
+        The model, and what a network's :attr:`Built.arguments` are to say of it instead, so that it can be built again.
+    """
+    own: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans}
+    among = among or f"{argument}_args"
+    if known := sorted(own.keys() & (args or {}).keys()):
+        raise ValueError(f"{among} must not have {' and '.join(known)}, which the network says, got {args}")
+    model = named(argument, name, pretrained=pretrained, **own, **(args or {}))
+    found = as_timm_has_it(name, model, argument)
+    if not found:
+        return model, {}
+    kept = {key: value for key, value in found[f"{argument}_args"].items() if key not in own}
+    return model, {argument: found[argument], among: kept}
 
 
 def at_least_one(**counts: int) -> None:

@@ -21,7 +21,7 @@ class GaussianPolicy(nn.Module):
         learned: Whether it is a parameter, one for each component, that starts at the first.
 
     Raises:
-        ValueError: If ``spread`` or ``size`` is not positive.
+        ValueError: If ``spread`` or ``size`` is not positive, or ``spread`` not finite.
 
     Example:
         >>> policy = GaussianPolicy(spread=(0.2, 0.05))
@@ -37,7 +37,7 @@ class GaussianPolicy(nn.Module):
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         self.ends = (spread, spread) if isinstance(spread, (int, float)) else tuple(spread)
-        if len(self.ends) != 2 or not min(self.ends) > 0:
+        if len(self.ends) != 2 or not all(0 < end < math.inf for end in self.ends):
             raise ValueError(f"spread must be one or two positive numbers, got {spread}")
         self.size = size
         self.log_spread = nn.Parameter(torch.full((size,), math.log(self.ends[0]))) if learned else None

@@ -1,35 +1,33 @@
 """The recurrent attention model: glimpses of an image, one after another, chosen by what was seen before."""
 
-import math
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from visattn.attention.core import softmax, uncast, wide
+from visattn.attention.core import uncast, wide
 from visattn.attention.sampling.retina import Retina
-from visattn.models.looker import Looker, Policy, Rollout, decided
-from visattn.models.network import at_least_one, named
+from visattn.models.looker import Chooser, Policy, Rollout, anywhere, decided
+from visattn.models.network import at_least_one, headless
 from visattn.models.policy import GaussianPolicy
+from visattn.models.readout import Halting, Readout, read_out, scorer
 
 Core = Literal["rnn", "lstm"]
 First = Literal["random", "centre"]
-Readout = Literal["last", "mean", "attention"]
 
 
-class RecurrentAttention(Looker):
+class RecurrentAttention(Chooser):
     r"""Look at an image by glimpses, each where what was seen before says, and classify what was seen.
 
     .. math:: g_t = \bigl(W_1 (W_\rho\, \rho(x, l_t))_+ + W_2 (W_l\, l_t)_+\bigr)_+, \quad
         h_t = (W_h h_{t-1} + W_g g_t)_+, \quad \mu_{t+1} = W_\mu h_t, \quad z = W_z h_T
 
-    The paper's (arXiv:1406.6247) for classification; :math:`\rho` is a :class:`~visattn.attention.sampling.Retina`,
-    :math:`\mu` the mean of a :class:`~visattn.models.policy.GaussianPolicy`. Biases are not written. The gradient of
-    the logits reaches all but what chooses locations and what guesses the reward: these see the states, and change
-    nothing in them, which the paper leaves open. With defaults but 12×12 pixels it has 256,781 parameters at 3 scales,
-    275,213 at 4.
+    The paper's (arXiv:1406.6247) for classification; :math:`\rho` is a
+    :class:`~visattn.attention.sampling.retina.Retina`, :math:`\mu` the mean of a
+    :class:`~visattn.models.policy.GaussianPolicy`. Biases are not written. The gradient of the logits reaches all but
+    what chooses locations and what guesses the reward: these see the states, and change nothing in them, which the
+    paper leaves open. With defaults but 12×12 pixels it has 256,781 parameters at 3 scales, 275,213 at 4.
 
     Args:
         num_classes: Number of classes.
@@ -99,7 +97,7 @@ class RecurrentAttention(Looker):
         counts = {"num_classes": num_classes, "in_chans": in_chans, "glimpses": glimpses, "patch": patch}
         counts |= {"scales": scales, "width": width, "glimpse_width": glimpse_width, "location_width": location_width}
         at_least_one(**counts)
-        for name, given, kinds in (("core", core, Core), ("first", first, First), ("readout", readout, Readout)):
+        for name, given, kinds in (("core", core, Core), ("first", first, First)):
             if given not in get_args(kinds):
                 raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {given!r}")
         if (pretrained or encoder_args) and not encoder:
@@ -108,13 +106,14 @@ class RecurrentAttention(Looker):
         self.glimpses = glimpses
         self.begins_anywhere = first == "random"
         self.readout = readout
+        self.halts = halting
         self.informed = informed
         self.sensor = Retina(patch, scales=scales, zoom=zoom)
         self.sensor.prepare(torch.empty(1, in_chans, *size, device="meta"))  # raises if they are too small
         reader = None
         if encoder:
-            options = encoder_args or {}
-            reader = named("encoder", encoder, num_classes=0, in_chans=in_chans, pretrained=pretrained, **options)
+            reader, known = headless("encoder", encoder, encoder_args, in_chans=in_chans, pretrained=pretrained)
+            self.arguments |= known
         self.glimpse = GlimpseNetwork(
             in_chans,
             patch=patch,
@@ -127,10 +126,8 @@ class RecurrentAttention(Looker):
         self.policy = GaussianPolicy(spread=spread, learned=learned_spread)
         self.classifier = nn.Linear(width, num_classes)
         self.baseline = nn.Linear(width, 1)
-        self.score = nn.Linear(width, 1) if readout == "attention" else None
-        self.halt = nn.Linear(width, 1) if halting else None
-        if self.halt:
-            nn.init.constant_(self.halt.bias, -2.0)  # looks for long at first
+        self.score = scorer(readout, width)
+        self.halt = Halting(width) if halting else None
         self.guide = Guide(width, num_classes) if informed else None
 
     def rollout(
@@ -146,8 +143,8 @@ class RecurrentAttention(Looker):
         if answer is not None and not (self.guide and policy == "sample"):
             raise ValueError("answer must be None unless the network is informed, and samples")
         if first is None:
-            anywhere = policy == "random" or (self.begins_anywhere and policy != "centre")
-            first = self._act(images.new_zeros(count, 2), "random" if anywhere else "centre")
+            drawn = policy == "random" or (self.begins_anywhere and policy != "centre")
+            first = anywhere(images.new_zeros(count, 1), "random" if drawn else "centre")
         else:
             self.sensor.refuse_astray(first)
         return self._look(images, first, policy, None if answer is None else answer.repeat_interleave(rollouts))
@@ -168,56 +165,31 @@ class RecurrentAttention(Looker):
             where = actions[-1].clamp(-1, 1)
             state = self.core(self.glimpse(self.sensor(prepared, where), where), state)
             states.append(state[0] if isinstance(state, tuple) else state)
-            if t + 1 == self.glimpses or (early and self._stopped(states)):
+            if t + 1 == self.glimpses or (early and self.halt is not None and self.halt.over(states)):
                 break
-            with torch.no_grad():
-                actions.append(self._act(states[-1], policy, answer))
+            actions.append(self.act(states[-1], policy, answer))
         h, done = torch.stack(states), torch.stack(actions)  # time comes first, so that both are read in one piece
-        logits, weights = self._read(h)
+        read, weights = read_out(h, self.readout, self.score)
         known, chosen = h[:-1].detach(), done[1:]
-        means = self._mean(known)
         return Rollout(
-            logits.transpose(0, 1),
+            self.classifier(read).transpose(0, 1),
             done.clamp(-1, 1).transpose(0, 1),
-            self.policy.log_prob(means, chosen).T,
-            self.policy.entropy(means).T,
-            self.baseline(known)[..., 0].T,
+            *self.judge(known, chosen),
             weights,
-            None if self.halt is None else stopping(self.halt(h)[..., 0].T),
-            None if answer is None else self.policy.log_prob(self._mean(known, answer), chosen).T,
+            None if self.halt is None else self.halt.probabilities(h),
+            None if answer is None else self.policy.log_prob(self._told(known, answer), chosen).T,
         )
 
-    def _mean(self, states: Tensor, answer: Tensor | None = None) -> Tensor:
-        """Return where to look next, on average."""
+    @torch.no_grad()
+    def act(
+        self, states: Float[Tensor, "m d"], policy: Policy, answer: Int[Tensor, "m"] | None = None
+    ) -> Float[Tensor, "m 2"]:
+        return super().act(states, policy) if answer is None else self.policy.sample(self._told(states, answer))
+
+    def _told(self, states: Float[Tensor, "*t m d"], answer: Int[Tensor, "m"]) -> Float[Tensor, "*t m 2"]:
+        """Return where to look next, on average, by what is told the answer."""
         with uncast(states.device):
-            states = states.to(self.locator.weight.dtype)
-            mean = self.locator(states) if answer is None else self.guide(states, answer)  # type: ignore[misc]
-        return wide(mean)
-
-    def _act(self, states: Tensor, policy: Policy, answer: Tensor | None = None) -> Tensor:
-        if policy in ("random", "centre"):
-            where = states.new_zeros(states.shape[0], 2, dtype=torch.promote_types(states.dtype, torch.float32))
-            return where if policy == "centre" else where.uniform_(-1, 1)
-        mean = self._mean(states, answer)
-        return mean if policy == "mean" else self.policy.sample(mean)
-
-    def _read(self, states: Float[Tensor, "t m d"]) -> tuple[Float[Tensor, "t m k"], Float[Tensor, "m t"]]:
-        """Return the logits after each glimpse, and the weights of all glimpses in the last."""
-        count, rows = states.shape[:2]
-        if self.readout == "last":
-            return self.classifier(states), F.pad(states.new_zeros(rows, count - 1), (0, 1), value=1)
-        scores = states.new_zeros(rows, count) if self.score is None else self.score(states)[..., 0].T
-        later = torch.ones(count, count, dtype=torch.bool, device=states.device).triu(1)
-        weights = softmax(scores[:, None].masked_fill(later, -torch.inf))
-        read = weights.to(states.dtype) @ states.transpose(0, 1)
-        return self.classifier(read).transpose(0, 1), weights[:, -1]
-
-    def _stopped(self, states: list[Tensor]) -> bool:
-        """Say whether all have stopped, more likely than not; a compiler is not asked, and goes on."""
-        if self.halt is None or torch.compiler.is_compiling():
-            return False
-        go = F.logsigmoid(-self.halt(torch.stack(states))[..., 0]).sum(0)
-        return bool((go < math.log(0.5)).all())
+            return wide(self.guide(states.to(self.locator.weight.dtype), answer))  # type: ignore[misc]
 
 
 class GlimpseNetwork(nn.Module):
@@ -267,8 +239,8 @@ class RectifiedCell(nn.Module):
         nn.init.zeros_(self.keep.bias)
 
     def forward(self, vector: Float[Tensor, "m d"], state: Float[Tensor, "m d"] | None) -> Float[Tensor, "m d"]:
-        kept = self.keep.bias if state is None else self.keep(state)
-        return (self.take(vector) + kept).relu()
+        state = torch.zeros_like(vector) if state is None else state  # so keep has a gradient if this is all
+        return (self.take(vector) + self.keep(state)).relu()
 
 
 class Guide(nn.Module):
@@ -287,22 +259,6 @@ class Guide(nn.Module):
 
     def forward(self, states: Float[Tensor, "*t m d"], answer: Int[Tensor, "m"]) -> Float[Tensor, "*t m 2"]:
         return self.mean((self.state(states) + self.answer(answer)).relu())
-
-
-def stopping(scores: Float[Tensor, "m t"]) -> Float[Tensor, "m t"]:
-    r"""Return the probability to stop at each step, of scores whose sigmoids are those if there is such a step at all.
-
-    .. math:: p_t = \lambda_t \prod_{s<t} (1 - \lambda_s)
-
-    The last step takes what is left.
-
-    Example:
-        >>> stopping(torch.tensor([[0.0, 0.0, -9.0]]))
-        tensor([[0.5000, 0.2500, 0.2500]])
-    """
-    scores = wide(scores)
-    going = F.pad(F.logsigmoid(-scores[:, :-1]).cumsum(1), (1, 0))
-    return (going + F.pad(F.logsigmoid(scores[:, :-1]), (0, 1))).exp()
 
 
 def vectors(encoder: nn.Module, size: tuple[int, int, int]) -> int:

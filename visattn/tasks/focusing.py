@@ -18,7 +18,7 @@ from visattn.data.images import Images
 from visattn.models.glance_focus import GlanceFocus
 from visattn.models.looker import Rollout
 from visattn.tasks.base import found_class
-from visattn.tasks.looking import Looking
+from visattn.tasks.looking import Looking, discounted
 from visattn.tasks.run import RunError
 
 MakeGlanceFocus = Callable[[Any], GlanceFocus]
@@ -211,16 +211,3 @@ class Focusing(Looking):
 def cross_entropy(logits: Float[Tensor, "m t k"], targets: Int[Tensor, "m"]) -> Float[Tensor, ""]:
     """Return the mean cross entropy after all glimpses."""
     return F.cross_entropy(wide(logits).flatten(0, 1), targets.repeat_interleave(logits.shape[1]))
-
-
-def discounted(rewards: Float[Tensor, "m a"], discount: float) -> Float[Tensor, "m a"]:
-    """Return the reward of each action, and of those behind it, each counting less than the one before.
-
-    Example:
-        >>> discounted(torch.tensor([[1.0, 0.0, 4.0]]), 0.5)
-        tensor([[2., 2., 4.]])
-    """
-    returns = list(rewards.unbind(1))
-    for t in reversed(range(len(returns) - 1)):
-        returns[t] = returns[t] + discount * returns[t + 1]
-    return torch.stack(returns, 1)

@@ -18,6 +18,7 @@ from visattn.attention.core import wide
 from visattn.data.canvas import Canvas
 from visattn.data.images import Images
 from visattn.data.transforms import Preprocess
+from visattn.models.glance_focus import GlanceFocus
 from visattn.models.looker import Looker, Policy, Rollout
 from visattn.models.policy import GaussianPolicy
 from visattn.models.recurrent_attention import RecurrentAttention
@@ -42,9 +43,9 @@ class Looking(Recognition):
     .. math:: \nabla = -\frac1M \sum_m \Bigl[\nabla \log p(y \mid a^m)
         + \lambda \sum_t (R^m_t - b^m_t)\, \nabla \log \pi(a^m_t)\Bigr]
 
-    over :math:`M` roll-outs (arXiv:1406.6247). Wake-sleep learning (arXiv:1509.06812) has no reward: roll-outs count by
-    how well they explain the answer, :math:`w^m \propto p(y \mid a^m)\, \pi(a^m) / q(a^m)`, less what they count
-    without it,
+    over :math:`M` roll-outs (arXiv:1406.6247). Wake-sleep learning (arXiv:1509.06812) learns from no reward, which is
+    only logged: roll-outs count by how well they explain the answer, :math:`w^m \propto p(y \mid a^m)\, \pi(a^m) /
+    q(a^m)`, less what they count without it,
 
     .. math:: \nabla = -\sum_m \Bigl[w^m \nabla \log p(y \mid a^m)
         + \lambda \bigl(w^m - \tilde w^m\bigr) \nabla \log \pi(a^m) + \lambda\, w^m \nabla \log q(a^m)\Bigr],
@@ -54,7 +55,7 @@ class Looking(Recognition):
 
     Where several targets are named one after another (arXiv:1412.7755), :math:`p(y \mid a)` is that of all of them. An
     action has the rewards of its own target and of later ones, up to the first that is named wrong: what follows has no
-    reward, and teaches the policy nothing.
+    reward, and teaches the policy nothing. Differs from the paper: the cross entropy goes on there.
 
     A validation looks once, each action being the mean of the policy. A test does so from several first locations, and
     reports the mean (``test/top1``), the worst and the best of them; one roll-out by chance (``top1_sampled``), the
@@ -76,7 +77,8 @@ class Looking(Recognition):
             ``"learned"`` to expect, or the mean of the image's other roll-outs, ``"leave_one_out"``.
         learning: ``"reinforce"`` or ``"wake_sleep"``.
         policy_factor: Weight :math:`\lambda` in the loss of what teaches the policy; steps are summed.
-        entropy_factor: Weight of the policy's entropy, summed over the steps, which is to be great.
+        entropy_factor: Weight of the policy's entropy, summed over the steps, which is to be great; it teaches a
+            learned spread, and nothing else.
         every_step: Weight of the mean cross entropy after the earlier glimpses, which the paper does not have.
         ponder: Cost of a glimpse, for a network that halts by itself.
         draws: From how many first locations a test looks, if the network begins anywhere.
@@ -120,6 +122,8 @@ class Looking(Recognition):
         network = network or RecurrentAttention  # no default, whose options a command line would hand on to another
         if not issubclass(found_class(network), Looker):
             raise ValueError(f"network must be one that looks, such as RecurrentAttention, got {network!r}")
+        if type(self) is Looking and issubclass(found_class(network), GlanceFocus):
+            raise ValueError(f"network must not be GlanceFocus, which Focusing trains in stages, got {network!r}")
         for name, given, kinds in (("reward", reward, Reward), ("baseline", baseline, Baseline)):
             if given not in get_args(kinds):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {given!r}")
@@ -177,6 +181,8 @@ class Looking(Recognition):
             self.model = make(**options)
         if self.model.informed and self.hparams["learning"] != "wake_sleep":
             raise ValueError("learning must be wake_sleep for a network that is informed, got 'reinforce'")
+        if self.hparams.get("ponder") and not self.model.halts:
+            raise ValueError(f"ponder must be 0 for a network that never halts, got {self.hparams['ponder']}")
         several = self.model.targets > 1
         if several and self.hparams["reward"] not in ("correct", "probability"):
             kind = self.hparams["reward"]
@@ -274,13 +280,11 @@ class Looking(Recognition):
 
         counts = F.pad(at_end(right)[:, :-1].cumprod(1), (1, 0), value=1.0)
         rewards = counts * at_end(after)
-        returns = of_actions(rewards.flip(1).cumsum(1).flip(1))
         if kind == "rise":
-            goes_on = stops.flip(1).cumsum(1).flip(1)
-            returns = goes_on * after.diff(dim=1, prepend=torch.full_like(after[:, :1], 1 / classes))
-            for t in range(steps - 2, -1, -1):
-                returns[:, t] += self.hparams["discount"] * returns[:, t + 1]
-            returns = returns[:, steps - actions :]
+            rises = after.diff(dim=1, prepend=torch.full_like(after[:, :1], 1 / classes))
+            returns = discounted(discounted(stops) * rises, self.hparams["discount"])[:, steps - actions :]
+        else:
+            returns = of_actions(discounted(rewards))
         return rewards.sum(1), returns, of_actions(counts)
 
     def expected(self, returns: Float[Tensor, "m a"], rollout: Rollout) -> Float[Tensor, "*m a"]:
@@ -365,6 +369,19 @@ class Looking(Recognition):
     def described(self) -> dict[str, Any]:
         """What ``visattn.save`` is told beside the network."""
         return {"labels": self.labels, "transform": self.preprocess, "task": "classification"}
+
+
+def discounted(rewards: Float[Tensor, "m a"], discount: float = 1.0) -> Float[Tensor, "m a"]:
+    """Return the reward of each action, and of those behind it, each counting less than the one before.
+
+    Example:
+        >>> discounted(torch.tensor([[1.0, 0.0, 4.0]]), 0.5)
+        tensor([[2., 2., 4.]])
+    """
+    returns = list(rewards.unbind(1))
+    for t in reversed(range(len(returns) - 1)):
+        returns[t] = returns[t] + discount * returns[t + 1]
+    return torch.stack(returns, 1)
 
 
 def by_image(x: Tensor, rollouts: int) -> Tensor:

@@ -174,3 +174,25 @@ def test_narrow_patches_are_written_widely(dtype):
 def test_refuses_a_single_filter():
     with pytest.raises(ValueError, match="size must be at least 2, got 1"):
         GaussianGlimpse(1)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("value", [-1e30, -200.0, 45.0, 200.0, 1e20, 3e38])
+def test_finite_numbers_give_finite_filters(number, value):
+    where = torch.zeros(1, 5)
+    where[0, number] = value
+    where.requires_grad_()
+    for filters in GaussianGlimpse(5).filters(where, (9, 14)):
+        assert filters.isfinite().all()
+        torch.testing.assert_close(filters.sum(2), torch.ones(1, 5))
+        (gradient,) = torch.autograd.grad(filters[..., :3].sum(), where, retain_graph=True)
+        assert gradient.isfinite().all()
+
+
+def test_filters_far_outside_read_the_nearest_pixel():
+    where = torch.tensor([[1e9, -1e9, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 60.0, 0.0]])
+    down, across = GaussianGlimpse(4).filters(where, (9, 14))
+    assert torch.equal(across[0, :, -1], torch.ones(4))
+    assert torch.equal(down[0, :, 0], torch.ones(4))
+    assert torch.equal(across[1, :2, 0], torch.ones(2))
+    assert torch.equal(across[1, 2:, -1], torch.ones(2))

@@ -10,6 +10,8 @@ from visattn.attention.sampling.glimpses import SQUARE, Sensor
 
 LEAST = -32.0
 """The exponent below which a weight is zero, beside the largest of its filter."""
+FAR = 2.0**20
+"""Pixels from the image's middle, beyond which a float32 hardly tells one pixel from the next."""
 
 
 def around(centres: Float[Tensor, "m g"], side: int) -> Float[Tensor, "m g a"]:
@@ -70,7 +72,8 @@ class GaussianGlimpse(Sensor):
 
     Differs from the paper: a weight below :math:`e^{-32}` of the largest of its filter is zero, since products with
     numbers so small that they lose digits are slow. Where all of a filter is outside, it reads the nearest pixel, which
-    is what the formula says if reckoned exactly. :math:`\log \sigma^2` is at least -60.
+    is what the formula says if reckoned exactly. :math:`\log \sigma^2` is at least -60, :math:`\log \tilde \delta` at
+    most 40, and filters farther away than :math:`2^{20}` pixels are that far away.
 
     Args:
         size: Filters :math:`N` down and across.
@@ -108,7 +111,7 @@ class GaussianGlimpse(Sensor):
         """Return the middle of all filters, (x, y) in pixels counted from 0, and the pixels between two of them."""
         x, y, _, stride, _ = where.unbind(1)
         x, y = (at * ((side + 1) / 2) + (side - 1) / 2 for at, side in ((x, size[1]), (y, size[0])))
-        return x, y, stride.exp() * ((max(size) - 1) / (self.size - 1))
+        return x, y, stride.clamp_max(40).exp() * ((max(size) - 1) / (self.size - 1))
 
     def filters(
         self, where: Float[Tensor, "m 5"], size: tuple[int, int]
@@ -120,7 +123,9 @@ class GaussianGlimpse(Sensor):
         offsets = stride[:, None] * steps
         sharpness = (-where[:, 2, None, None].clamp_min(-60)).exp() / 2
         bank = plain_bank if plain(where) else Bank.apply
-        return bank(y[:, None] + offsets, sharpness, size[0]), bank(x[:, None] + offsets, sharpness, size[1])
+        centres = ((at[:, None] + offsets).clamp(-FAR, FAR) for at in (y, x))
+        down, across = (bank(at, sharpness, side) for at, side in zip(centres, size, strict=True))
+        return down, across
 
     def forward(self, prepared: tuple[Tensor, ...], where: Float[Tensor, "m 5"]) -> Float[Tensor, "m 1 c g g"]:
         (images,) = prepared
