@@ -33,9 +33,9 @@ from visattn.attention import HardAttention
 from visattn.data.canvas import Canvas
 from visattn.data.captions import Captions
 from visattn.data.images import Images
-from visattn.models import DeepRecurrentAttention, RecurrentAttention
+from visattn.models import DRAW, DeepRecurrentAttention, GlanceFocus, RecurrentAttention
 from visattn.models.decoders import ShowAttendAndTell
-from visattn.tasks import Captioning, Classification, Looking, base
+from visattn.tasks import Captioning, Classification, Focusing, Generation, Looking, base
 from visattn.tasks.base import Task
 from visattn.tasks.preemption import Preemption
 from visattn.tasks.run import Last, Outcome, WholeFiles
@@ -80,6 +80,11 @@ class Keyed(TorchDispatchMode):
             return torch.tensor(np.random.default_rng(self.draws).random(), dtype=torch.float32)
         if func is aten.randn_like.default:
             return self.drawn(args[0], "standard_normal")
+        if func is aten.randn.default:
+            steps, rows, numbers = args[0]
+            return self.drawn(torch.empty(rows, steps, numbers), "standard_normal").transpose(0, 1)
+        if func is aten.rand_like.default:
+            return self.drawn(args[0], "random")
         if func is aten.uniform_.default:
             assert args[1:] == (-1,)  # to 1
             return args[0].copy_(2 * self.drawn(args[0], "random") - 1)
@@ -167,6 +172,8 @@ LOOKS = partial(RecurrentAttention, width=24, glimpse_width=16, location_width=8
 NAMES = partial(
     DeepRecurrentAttention, width=16, glimpse_width=16, filters=(4, 4, 8), context_filters=(4, 4, 8), glimpses=2
 )
+FOCUSES = partial(GlanceFocus, backbone="test_convnext", patch=32, glimpses=3, width=16, policy_width=16)
+DRAWS = partial(DRAW, steps=3, width=16, latent=8)
 TELLS = partial(ShowAttendAndTell, hidden=24, embedding=16, dropout=0.0, first="begin")
 CLASSIFIES = {"backbone": "test_convnext", "attention": partial(visattn.AffineTransformer, view=16)}
 CAPTIONS = {
@@ -202,6 +209,8 @@ CASES: dict[str, tuple[Callable[[Path, int], Any], Callable[[Path], Task]]] = {
         ),
     ),
     "looking-sequences": (sequences, lambda _: with_sgd(Looking, NAMES, lr=0.05, every_step=1.0, policy_factor=1.0)),
+    "focusing": (digits, lambda _: with_sgd(Focusing, FOCUSES, lr=0.05, rollouts=2)),
+    "drawing": (digits, lambda _: with_sgd(Generation, DRAWS, lr=1e-4, binarisation="static")),
     "captions-words": (photos, lambda _: with_sgd(Captioning, lr=0.5, doubly=0.01, **CAPTIONS)),
     "captions-hard": (
         photos,
@@ -305,7 +314,7 @@ def test_two_processes_train_and_score_what_one_does_with_both_halves(case, resu
     assert one["weights"].keys() == two["weights"].keys()
     apart = {name: (weight - two["weights"][name]).abs().max().item() for name, weight in one["weights"].items()}
     print(f"{case}: losses differ by {loss:.1e}, weights by {max(apart.values()):.1e}")
-    assert loss < 1e-5
+    assert loss < 1e-5 * max(1.0, max(one["losses"]) / 100)  # of thousands of nats, a float32 tells ten thousandths
     assert max(apart.values()) < 1e-5, max(apart, key=apart.__getitem__)
     assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)  # of 17 images, by one process nine
     assert bool(one["scores"]) == (case in EVALUATES)
