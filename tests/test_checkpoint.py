@@ -16,7 +16,8 @@ from visattn import checkpoint
 from visattn.attention import CBAM, AdditiveAttention, Attention, NonLocal, SqueezeExcitation
 from visattn.checkpoint import CheckpointError, describe, load, save
 from visattn.data.transforms import Preprocess
-from visattn.models import Captioner
+from visattn.data.vocabulary import Words
+from visattn.models import Captioner, QuestionAnswerer
 from visattn.models.decoders import ShowAttendAndTell
 from visattn.surgery import Site, attach, insert, insertions, remove
 
@@ -233,6 +234,48 @@ def test_a_network_on_a_trained_backbone_does_without_its_weights(trained, tmp_p
     other = visattn.save(timm.create_model("mobilenetv2_050"), tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"backbone must be mobilenetv2_050.* as it was trained with it"):
         visattn.load(small, backbone=f"local-dir:{other}")
+
+
+def test_a_network_that_has_the_backbone_takes_the_rest_from_a_checkpoint_that_names_it(trained, tmp_path):
+    options = {"backbone": trained, "pretrained": True, "width": 8}
+    network, into = Captioner(9, **options).eval(), Captioner(9, **options).eval()
+    small = save(network, tmp_path / "small", backbone=False)
+    other = Captioner(9, **options | {"pretrained": False}).eval()
+    shutil.move(tmp_path / "trained", tmp_path / "gone")  # nothing is looked up
+    images, words = torch.randn(2, 3, 64, 64), torch.randint(9, (2, 1, 3))
+    assert load(small, into=into) is into
+    assert torch.equal(into(images, words), network(images, words))
+
+    before = copy.deepcopy(other.state_dict())
+    for stranger in (other, timm.create_model("test_resnet")):
+        message = r"small: into must have mobilenetv2_050\.of_my_own as it was trained with it, its backbone is another"
+        with pytest.raises(CheckpointError, match=message):
+            load(small, into=stranger)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    load(small, into=other, backbone=f"local-dir:{tmp_path / 'gone'}")  # told where its weights are
+    assert torch.equal(other(images, words), network(images, words))
+
+
+def test_a_checkpoint_says_whether_it_only_names_its_backbone(trained, tmp_path):
+    network = Captioner(9, backbone=trained, pretrained=True, width=8)
+    assert checkpoint.names_backbone(save(network, tmp_path / "small", backbone=False))
+    assert not checkpoint.names_backbone(save(network, tmp_path / "whole"))
+    assert not checkpoint.names_backbone(tmp_path / "nowhere")
+    (tmp_path / "whole" / "config.json").write_text("[]")
+    assert not checkpoint.names_backbone(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_captioner_in_checkpoints_is_what_a_training_on_its_encoder_can_start_from(shared):
+    encoder = f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}"
+    start = Path(__file__).parents[1] / "checkpoints" / "captioner"
+    whole = load(start, backbone=encoder)
+    decoder = partial(ShowAttendAndTell, attention=partial(AdditiveAttention, width=256), gate="vector", embedding=256)
+    options = {"decoder": partial(decoder, first="begin", tied=True), "width": 384, "unknown": 1}
+    into = Captioner(len(whole.vocabulary), backbone=encoder, pretrained=True, **options)
+    assert load(start, into=into) is into
+    weights = into.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_only_a_backbone_as_timm_has_it_is_left_out(model, tmp_path):
@@ -580,6 +623,25 @@ def test_a_description_that_is_wrong_is_said_in_one_line(broken, message, model,
         load(tmp_path / "it")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'it'}: ")
+
+
+@pytest.mark.parametrize("kind", ["captioner", "answerer"])
+def test_a_vocabulary_of_more_or_fewer_words_than_the_model_has_is_refused(kind, tmp_path):
+    words = Words([f"word {k}" for k in range(9)])  # and one that ends, and one that is not known
+
+    def make() -> nn.Module:
+        if kind == "captioner":
+            return Captioner(11, backbone="resnet10t", width=8)
+        return QuestionAnswerer(11, 3, backbone="resnet10t", hidden=8, embedding=8)
+
+    folder, into = save(make(), tmp_path / "it", vocabulary=words), make()
+    assert load(folder).vocabulary == words
+    edit(folder, change("visattn", "vocabulary", to=Words(["a", "dog"]).state))
+    before = copy.deepcopy(into.state_dict())
+    for options in ({}, {"into": into}):
+        with pytest.raises(CheckpointError, match="vocabulary must have the 11 words of the model, got 4"):
+            load(folder, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in into.state_dict().items())
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"card.md"}))

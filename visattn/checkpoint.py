@@ -185,8 +185,7 @@ def describe(
         raise CheckpointError(f"labels must name each of the {classes} classes, got {len(about['labels'])}")
 
     words = about["vocabulary"]
-    part = getattr(model, "decoder", getattr(model, "question", None))  # what has words
-    if words is not None and len(words) != (size := getattr(part, "vocabulary", None)):
+    if words is not None and len(words) != (size := _words(model)):
         raise CheckpointError(f"vocabulary must have the words of the model, {size}, got {len(words):,}")
 
     config: dict[str, Any] = {}
@@ -417,7 +416,7 @@ def load(
         into: A model without insertions, to put the insertions and the weights into, in place; it stays on its device.
             For a backbone that timm does not build, and for a checkpoint of the inserted modules alone.
         backbone: Where the trained weights of the backbone are, such as ``local-dir:FOLDER``, for a checkpoint that
-            only names them; left out, timm looks for them by that name.
+            only names them; left out, ``into`` must have them, and without it timm looks for them by that name.
         classes: Classes of the caller's own that the checkpoint names.
         device: Where the model goes.
 
@@ -432,8 +431,10 @@ def load(
     try:
         config, state = _read(path)
         with torch.random.fork_rng(devices=[]):
-            about = _about(config["visattn"])
-            model = _restore(config, state | _backbone(config, backbone), into, classes)
+            model = _build(config, classes) if into is None else _receiving(into, config)
+            about = _about(config["visattn"], _words(model))
+            state |= _backbone(config, backbone, into)
+            _restore(model, config, state, classes, cast=into is None)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     if into is None:
@@ -512,30 +513,35 @@ def _checked(config: Any) -> dict[str, Any]:
     return config
 
 
-def _about(block: dict[str, Any]) -> dict[str, Any]:
+def _about(block: dict[str, Any], words: int | None) -> dict[str, Any]:
+    """What is said of a model of so many words beside how it is built."""
     fields = block["transform"]
     try:
         transform = None if fields is None else Preprocess(**{key: _given(value) for key, value in fields.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"its transform is described wrongly: {_line(error)}") from error
     try:
-        vocabulary = None if block["vocabulary"] is None else Vocabulary.load(block["vocabulary"])
+        vocabulary = None if block["vocabulary"] is None else Vocabulary.load(block["vocabulary"], words)
     except (ImportError, TypeError, ValueError) as error:
         raise CheckpointError(f"its vocabulary cannot be read: {_line(error)}") from error
     return {"transform": transform, "labels": block["labels"], "task": block["task"], "vocabulary": vocabulary}
 
 
-def _restore(
-    config: dict[str, Any], state: dict[str, Tensor], into: nn.Module | None, classes: Sequence[type[nn.Module]]
-) -> nn.Module:
-    only = config["visattn"]["only"] is not None
-    if into is None and only:
-        raise CheckpointError("it holds the inserted modules alone: pass the backbone, load(path, into=model)")
-    if into is not None and insertions(into):
+def _receiving(into: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """A model of the caller's, if it can be loaded into."""
+    if insertions(into):
         raise CheckpointError("into has something inserted already: visattn.remove it first")
-    if into is not None and only and (_architecture(into) or "") not in ("", config.get("architecture")):
+    only = config["visattn"]["only"] is not None
+    if only and (_architecture(into) or "") not in ("", config.get("architecture")):
         raise CheckpointError(f"it was inserted into {config.get('architecture')}, into is {_architecture(into)}")
-    model = _build(config, classes) if into is None else into
+    return into
+
+
+def _restore(
+    model: nn.Module, config: dict[str, Any], state: dict[str, Tensor], classes: Sequence[type[nn.Module]], cast: bool
+) -> None:
+    """Put into a bare model what was inserted, and all weights, in their precision or in that of the model."""
+    only = config["visattn"]["only"] is not None
     made = [_inserted(entry, classes) for entry in config["visattn"]["insertions"]]
     try:
         for inserted, site, gated in made:
@@ -547,13 +553,20 @@ def _restore(
     except (CheckpointError, SurgeryError) as error:
         remove(model)
         raise CheckpointError(str(error)) from error
-    if into is None:
+    if cast:
         _cast(model, state)
     model.load_state_dict(state, strict=not only)
-    return model
 
 
-def _backbone(config: dict[str, Any], name: str | None) -> dict[str, Tensor]:
+def names_backbone(path: str | Path) -> bool:
+    """Return whether a checkpoint only names its backbone; what else may be wrong with it is for :func:`load`."""
+    try:
+        return "backbone" in json.loads(Path(path, CONFIG).read_text(encoding="utf-8"))["visattn"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _backbone(config: dict[str, Any], name: str | None, into: nn.Module | None) -> dict[str, Tensor]:
     """The weights of a backbone that a checkpoint only names, by their names in the model."""
     block = config["visattn"]
     known = block.get("backbone")
@@ -561,6 +574,11 @@ def _backbone(config: dict[str, Any], name: str | None) -> dict[str, Tensor]:
         if name is not None:
             raise CheckpointError(f"it has the weights of its backbone itself: backbone must be left out, got {name!r}")
         return {}
+    if into is not None and name is None:
+        own = {key: t for key, t in into.state_dict().items() if key.startswith("backbone.")}
+        if digest({key.removeprefix("backbone."): t for key, t in own.items()}) != known["digest"]:
+            raise CheckpointError(f"into must have {known['name']} as it was trained with it, its backbone is another")
+        return own
     options = {"num_classes": 0} | (block["model"]["arguments"].get("backbone_args") or {})
     try:
         state = timm.create_model(name or known["name"], pretrained=True, **options).state_dict()
@@ -585,6 +603,8 @@ def _part(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 def _build(config: dict[str, Any], classes: Sequence[type[nn.Module]], device: str = "cpu") -> nn.Module:
     """The network without what was inserted, its weights to be loaded."""
+    if config["visattn"]["only"]:
+        raise CheckpointError("it holds the inserted modules alone: pass the backbone, load(path, into=model)")
     if config["visattn"]["model"]:
         return _make(config["visattn"]["model"], classes)
     architecture = config.get("architecture")
@@ -673,6 +693,11 @@ def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     shapes = {name: (tuple(t.shape), tuple(found[name].shape)) for name, t in expected.items() if name in found}
     lines += [f"{name} is {there}, expected {here}" for name, (here, there) in shapes.items() if here != there]
     return ", ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _words(model: Any) -> Any:
+    """How many words a model knows, if it knows words."""
+    return getattr(getattr(model, "decoder", getattr(model, "question", None)), "vocabulary", None)
 
 
 def _architecture(model: nn.Module) -> str | None:

@@ -1,5 +1,6 @@
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -43,10 +44,11 @@ def classifier(tmp_path):
 
 @pytest.fixture
 def captioner(tmp_path):
-    def save(decoder=ShowAttendAndTell, **options):
+    def save(decoder=ShowAttendAndTell, encoder="resnet10t", whole=True, **options):
         torch.manual_seed(0)
         decoder = partial(decoder, hidden=8, embedding=8, **options)
-        model = Captioner(len(WORDS), backbone="resnet10t", decoder=decoder, width=8)
+        trained = encoder.startswith("local-dir:")
+        model = Captioner(len(WORDS), backbone=encoder, pretrained=trained, decoder=decoder, width=8)
         if isinstance(model.decoder, ShowAttendAndTell):  # it says: a dog runs
             with torch.no_grad():
                 model.decoder.words.weight.copy_(4 * torch.eye(len(WORDS), 8))
@@ -54,7 +56,8 @@ def captioner(tmp_path):
                 for word, following in ((2, 3), (3, 5), (5, 0)):
                     model.decoder.out.weight[following, word] = 6
         known = {"vocabulary": WORDS, "transform": Preprocess((3, 64, 96), mean=(0.5,) * 3, std=(0.2,) * 3)}
-        return str(visattn.save(model, tmp_path / decoder.func.__name__, **known, task="captioning"))
+        folder = tmp_path / f"{decoder.func.__name__}-{'whole' if whole else 'small'}"
+        return str(visattn.save(model, folder, **known, task="captioning", backbone=whole))
 
     return save
 
@@ -136,6 +139,33 @@ def test_every_word_of_a_caption_is_explained_by_regions_of_the_memory(capsys, c
     (dog,) = lines(capsys, path, photo, "--steps", 2, "--measures", "deletion", "--by", "pixels", "--target", "dog")
     assert dog["label"] == "dog"
     assert "uniform" in dog["findings"]["deletion"]
+
+
+def test_a_captioner_is_told_where_the_backbone_is_that_it_names(capsys, captioner, photo, tmp_path):
+    visattn.save(timm.create_model("mobilenetv2_050"), tmp_path / "encoder")
+    options = {"encoder": f"local-dir:{tmp_path / 'encoder'}", "attention": partial(MultiHeadAttention, heads=2)}
+    small, whole = captioner(**options, whole=False), captioner(**options)
+    fast = ["--measures", "uniform", "--target", "dog"]
+    told = [*fast, "--backbone", options["encoder"]]
+    assert lines(capsys, small, photo, *told) == lines(capsys, whole, photo, *fast)
+    for one, other in ((small, whole), (whole, small)):  # of two, either may hold it itself
+        (line,) = lines(capsys, one, photo, *told, "--against", other)
+        assert line["findings"]["seed divergence"]["map"] == pytest.approx(0, abs=1e-6)
+    for path, where, message in (
+        (small, tmp_path / "none", "it does not hold the weights of its backbone, mobilenetv2_050"),
+        (whole, tmp_path / "encoder", "it has the weights of its backbone itself: backbone must be left out"),
+    ):
+        assert main(["explain", path, str(photo), "--backbone", f"local-dir:{where}"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {path}: {message}")
+
+
+@pytest.mark.slow
+def test_the_captioner_in_checkpoints_can_be_asked(capsys, photo, shared):
+    encoder = f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}"
+    path = Path(__file__).parents[2] / "checkpoints" / "captioner"
+    found = lines(capsys, path, photo, "--backbone", encoder, "--measures", "permutation")
+    assert len(found) >= 3
+    assert all(line["map"] == "attention" for line in found)
 
 
 @pytest.mark.slow

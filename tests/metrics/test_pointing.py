@@ -53,6 +53,19 @@ def test_where_all_weights_are_alike_the_hits_are_those_of_chance():
     assert pointing(at(0, 0) + at(3, 7), box(0, 0, 10, 10), SIZE) == 0.5
 
 
+def test_of_several_greatest_regions_the_first_counts_or_the_share_that_hits():
+    weights, first, last = torch.ones(2, 2), torch.tensor([[0, 0, 4, 4]]), torch.tensor([[4, 4, 8, 8]])
+    found = [points_into(weights.flatten(), each[0], (2, 2), (8, 8)).item() for each in (first, last)]
+    assert found == [True, False]
+    assert [pointing(weights, each.float(), (8, 8)) for each in (first, last)] == [0.25, 0.25]
+
+
+def test_the_right_and_lower_border_of_a_box_belong_to_it_or_do_not():
+    weights, border = torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 0, 2, 4]])  # its middle is at (2, 2)
+    assert not points_into(weights.flatten(), border[0], (1, 2), (4, 8))
+    assert pointing(weights, border.float(), (4, 8)) == 1
+
+
 @pytest.mark.parametrize(
     ("boxes", "options", "message"),
     [

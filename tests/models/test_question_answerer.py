@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from visattn.attention import AttentiveReader, HardAttention, ImpatientReader, MultiHeadAttention
+from visattn.attention import (
+    AttentionOnAttention,
+    AttentiveReader,
+    HardAttention,
+    ImpatientReader,
+    MultiHeadAttention,
+)
 from visattn.models.question_answerer import QuestionAnswerer
 
 ATTENTIVE, IMPATIENT = partial(AttentiveReader, width=8), partial(ImpatientReader, width=8)
@@ -94,6 +100,14 @@ def test_questions_are_answered_one_by_one_as_together():
 def test_any_attention_reads(reader):
     model, (images, words, lengths) = answerer(reader=reader), asked()
     assert model(images, words, lengths).shape == (2, 3, 11)
+
+
+@pytest.mark.parametrize("around", [None, HardAttention, partial(AttentionOnAttention, dropout=0.0)])
+def test_refuses_a_reader_in_which_questions_hide_regions_from_each_other(around):
+    causal = partial(MultiHeadAttention, heads=2, causal=True)
+    reader = causal if around is None else partial(around, attention=causal)
+    with pytest.raises(ValueError, match=r"reader must let every question look at all regions, \w+Attention is causal"):
+        answerer(reader=reader)
 
 
 @pytest.mark.slow

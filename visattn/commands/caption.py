@@ -34,14 +34,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--maps", type=Path, metavar="FOLDER", help="draw where each word was read, a PNG for each image"
     )
+    add_backbone(parser)
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
+    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)")
+
+
+def add_backbone(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
         help="where the weights of the backbone are, such as local-dir:FOLDER, for a checkpoint that only names them",
     )
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
-    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)")
 
 
 def run(args: Namespace) -> int:

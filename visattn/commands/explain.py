@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visattn.checkpoint import load
+from visattn.checkpoint import load, names_backbone
 from visattn.commands import show
-from visattn.commands.caption import complete
+from visattn.commands.caption import add_backbone, complete
 from visattn.commands.predict import batches, denormalised, find, positive, probabilities
 from visattn.data.transforms import as_seen
 from visattn.explain import (
@@ -97,6 +97,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--tolerance", type=float, default=0.0, metavar="PIXELS", help="by which a box may be missed (default: 0)"
     )
     parser.add_argument("--against", metavar="CHECKPOINT", help="the same model of another seed, to compare maps with")
+    add_backbone(parser)
     parser.add_argument(
         "--baseline",
         choices=get_args(Baseline),
@@ -120,8 +121,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     names = find(args.images)
     boxes = read_boxes(args.boxes) if args.boxes else {}
-    model = ready(args.checkpoint, args.device)
-    other = None if args.against is None else ready(args.against, args.device)
+    model = ready(args.checkpoint, args)
+    other = None if args.against is None else ready(args.against, args)
     if other is not None and (type(other), other.transform) != (type(model), model.transform):
         raise ValueError(f"against must be the same model of another seed, {args.against} is another model")
     skipped: list[Path] = []
@@ -166,9 +167,10 @@ def run(args: Namespace) -> int:
     return 1 if skipped else 0
 
 
-def ready(checkpoint: str, device: str) -> Any:
+def ready(checkpoint: str, args: Namespace) -> Any:
     """Return a model that can be asked."""
-    model: Any = load(checkpoint, device=device)
+    wanted = args.against is None or names_backbone(checkpoint)  # of two, one may hold its backbone itself
+    model: Any = load(checkpoint, backbone=args.backbone if wanted else None, device=args.device)
     if isinstance(model, Captioner):
         complete(model, checkpoint)
     elif model.transform is None:

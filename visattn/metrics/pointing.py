@@ -10,6 +10,10 @@ def points_into(
 ) -> Bool[Tensor, "*b"]:
     """Say whether the middle of the region with the greatest weight lies in a box.
 
+    For many maps at once, each with one box, to which its right and lower border do not belong. Where several weights
+    are the greatest, the first region counts, so that a map that is the same everywhere points at the upper left
+    corner; :func:`pointing` gives the share of them that hit.
+
     Args:
         weights: A weight for each region: the positions of a map, row by row; what stands behind them does not count.
         boxes: The first column and row of what is pointed at, and those behind its last.
@@ -40,7 +44,7 @@ def pointing(
 
     A map points at the middle of its greatest cell: there it has its peak when it is enlarged, linearly, to the image.
     Where several cells are the greatest, the share of them that hit is returned, so that a map that is the same
-    everywhere has what chance has.
+    everywhere has what chance has; :func:`points_into` takes the first. The border of a box belongs to it.
 
     Args:
         weights: The map.

@@ -68,7 +68,8 @@ class QuestionAnswerer(RegionNetwork):
         backbone: Name of a timm model, or the model itself, which is then taken as it is; such a network is not saved.
         pretrained: Whether a backbone that is named starts with its trained weights.
         backbone_args: Arguments of ``timm.create_model``, for a backbone that is named.
-        reader: What looks at the regions, called with the features of query and memory: any attention on a memory.
+        reader: What looks at the regions, called with the features of query and memory: any attention on a memory that
+            a question alone asks, and that is not causal.
         embedding: Features of a word.
         hidden: Units of the network that reads questions.
         width: Features of a region; None: as many as the backbone has.
@@ -78,7 +79,7 @@ class QuestionAnswerer(RegionNetwork):
         dropout: Probability to drop a number of a region, and of what the answer is told from.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, or the reader cannot be asked by questions.
 
     Example:
         >>> answerer = QuestionAnswerer(20, 11, backbone="resnet10t", hidden=64, embedding=32)
@@ -117,9 +118,11 @@ class QuestionAnswerer(RegionNetwork):
         self.num_classes = num_classes
         self.question = Question(vocabulary, embedding, hidden)
         self.reader = reader(hidden, self.width)
+        name = type(self.reader).__name__
         if self.reader.asks != hidden:
-            name = type(self.reader).__name__
             raise ValueError(f"reader must be asked with {hidden} features, {name} wants {self.reader.asks}")
+        if self.reader.causal:
+            raise ValueError(f"reader must let every question look at all regions, {name} is causal")
         self.drop = nn.Dropout(dropout)
         self.classifier = nn.Linear(self.reader.features + hidden, num_classes)
 

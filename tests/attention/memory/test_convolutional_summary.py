@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from tests.attention.memory.case import MEMORY, QUERY, REGIONS, SIZE, MemoryCase, memory, queries, small
-from visattn.attention import ConvolutionalSummary, CoverageAttention
+from visattn.attention import ConvolutionalSummary, CoverageAttention, SmoothedAttention
 
 GATES = 2 * 5 * 4 + 4 * 5  # both perceptrons, but for what they make of the query
 
@@ -89,6 +89,16 @@ def test_moves_with_the_map_by_whole_windows_and_turned_around_it_does_not_read_
     found = read(held)
     torch.testing.assert_close(read(held.roll((2, 2), (1, 2))), found, rtol=0, atol=1e-12)
     assert not torch.allclose(read(held.flip(1, 2)), found, rtol=0, atol=1e-3)
+
+
+def test_takes_values_of_others():
+    module = ConvolutionalSummary(QUERY, MEMORY, width=4, attention=SmoothedAttention).double().eval()
+    held, (asked, *_) = memory(), queries()
+    prepared = module.prepare(held, None, SIZE)
+    features = module.filters(held.mT.unflatten(2, SIZE)).relu().flatten(2).mT
+    values = module.near.prepare(features, None, SIZE).values  # around each region, on the map
+    weights, _ = module.attend(asked, prepared)
+    torch.testing.assert_close(module(asked, prepared)[0], module.out(weights @ values).tanh(), rtol=0, atol=1e-12)
 
 
 def test_the_convolution_is_made_once():

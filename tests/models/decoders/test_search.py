@@ -199,17 +199,27 @@ def test_log_probabilities_are_those_of_the_words():
 
 
 def test_groups_of_beams_say_different_things():
-    tables = scores(8)
-    alike = beam(Table(), tables, end=END, width=4, longest=6, groups=4, diversity=0.0)
+    words, tables = Table(5), scores(8, 5)  # one for each group, and one to go on with in place of the end
+    alike = beam(words, tables, end=END, width=4, longest=6, groups=4, diversity=0.0)
     assert all(torch.equal(alike.words[:, 0], alike.words[:, n]) for n in range(4))
-    greedy = beam(Table(), tables, end=END, width=1, longest=6)
+    greedy = beam(words, tables, end=END, width=1, longest=6)
     steps = greedy.words.shape[2]
     assert torch.equal(alike.words[:, 0, :steps], greedy.words[:, 0])
-    other = beam(Table(), tables, end=END, width=4, longest=6, groups=4, diversity=50.0)
+    other = beam(words, tables, end=END, width=4, longest=6, groups=4, diversity=50.0)
     firsts = other.words[:, :, 0]
     assert all(len(set(words.tolist())) == 4 for words in firsts)  # what others say first, nobody else does
-    one = beam(Table(), tables[:1], end=END, width=4, longest=6, groups=4, diversity=50.0)
+    one = beam(words, tables[:1], end=END, width=4, longest=6, groups=4, diversity=50.0)
     assert torch.equal(one.scores[0], other.scores[0])  # the images of a batch are strangers to each other
+
+
+def test_a_word_with_which_a_group_goes_on_in_place_of_the_end_counts_for_the_next():
+    tables = torch.zeros(1, 5, 5, 4, dtype=torch.double)
+    tables[0, 4, 4] = torch.tensor([3.0, 2.0, 1.0, 0.0])  # the end is the likeliest
+    tables[0, 4, :, 3] += 200  # a second word, and then the end, whatever was said
+    tables[0, 4, 4, 3] -= 200
+    tables[0, :, 3, END] += 200
+    found = beam(Table(), tables, end=END, width=2, longest=4, groups=2, diversity=50.0, alpha=3.0)
+    assert [said(found, 0, n) for n in range(2)] == [(1, 3, END), (2, 3, END)]
 
 
 def test_words_come_as_often_as_they_are_likely():
@@ -254,6 +264,57 @@ def test_an_ensemble_says_words_by_the_mean_probability():
     assert torch.equal(beam(alone, [mean], end=END, longest=5).words, expected.words)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"width": 1}, {"width": 4, "groups": 2, "diversity": 1.0, "repeat": False}, {"width": 3, "shortest": 2}],
+    ids=["greedy", "groups", "long"],
+)
+def test_an_ensemble_is_searched_as_one(options):
+    first, second = scores(6), scores(6)
+    mean = ((first.softmax(-1) + second.softmax(-1)) / 2).log()
+    both = Ensemble([Table(), Table()])
+    together = beam(both, both.prepare([first, second]), end=END, longest=5, alpha=0.7, **options)
+    expected = beam(Table(), mean, end=END, longest=5, alpha=0.7, **options)
+    assert torch.equal(together.words, expected.words)
+    assert torch.equal(together.lengths, expected.lengths)
+    torch.testing.assert_close(together.log_probs, expected.log_probs, rtol=0, atol=1e-12)
+    assert all(torch.equal(each, expected.maps) for each in together.maps)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3, "nucleus": 0.9, "repeat": False}], ids=str)
+def test_an_ensemble_says_by_chance_what_one_says(options):
+    first, second = scores(2), scores(2)
+    mean = ((first.softmax(-1) + second.softmax(-1)) / 2).log()
+    both = Ensemble([Table(), Table()])
+    together, expected = (
+        sample(decoder, held, end=END, count=50, longest=5, generator=torch.Generator().manual_seed(0), **options)
+        for decoder, held in ((both, [first, second]), (Table(), mean))
+    )
+    assert torch.equal(together.words, expected.words)
+    torch.testing.assert_close(together.log_probs, expected.log_probs, rtol=0, atol=1e-12)
+    assert all(torch.equal(each, expected.maps) for each in together.maps)
+
+
+def test_networks_that_look_at_memories_of_their_own_say_a_sentence_together():
+    networks = [decoder(), decoder()]
+    held = [memory(3), memory(3)]
+    both = Ensemble(networks)
+    prepared = both.prepare(held)
+    for found in (
+        beam(both, prepared, end=END, width=1, longest=6),
+        beam(both, prepared, end=END, width=4, longest=6, groups=2),
+        sample(both, prepared, end=END, count=4, longest=6),
+    ):
+        each = [
+            network.write(network(network.prepare(own), found.words[..., :-1]).features).softmax(-1)
+            for network, own in zip(networks, held, strict=True)
+        ]
+        mean = torch.stack(each).mean(0).log().gather(3, found.words[..., None])[..., 0]
+        there = torch.arange(mean.shape[2]) < found.lengths[..., None]
+        torch.testing.assert_close((mean * there).sum(2), found.log_probs, rtol=0, atol=1e-11)
+        assert len(found.maps) == 2
+
+
 def test_refuses_an_ensemble_of_strangers():
     with pytest.raises(ValueError, match=r"as many words each, got \[4, 5\] words"):
         Ensemble([Table(4), Table(5)])
@@ -280,6 +341,12 @@ def test_words_that_are_never_said_leave_their_probability_to_the_others():
             assert 2 not in said(by_chance, b, n)
 
 
+def test_where_all_words_would_repeat_three_there_is_no_sentence():
+    found = beam(Table(2), scores(2, 2), end=END, width=2, longest=6, shortest=5, repeat=False)
+    assert (found.scores == -math.inf).all()
+    assert (found.log_probs == -math.inf).all()
+
+
 def test_no_images_have_no_sentences():
     found = beam(Table(), scores(0), end=END, width=3)
     assert found.words.shape[:2] == (0, 3)
@@ -297,6 +364,10 @@ def test_no_images_have_no_sentences():
         ({"end": 4}, "end must be one of 4 words, got 4"),
         ({"never": [4]}, r"never must be some of 4 words but end=0, got \[4\]"),
         ({"never": [0]}, r"never must be some of 4 words but end=0, got \[0\]"),
+        (
+            {"never": [1, 2, 3, 3], "shortest": 2},
+            r"never must leave one of 4 words to say before end=0 for shortest=2, got \[1, 2, 3, 3\]",
+        ),
         ({"alpha": -1.0}, "alpha and diversity must not be negative, got -1.0 and 0.5"),
         ({"norm": "mean"}, "norm must be power or gnmt, got 'mean'"),
     ],
@@ -312,6 +383,10 @@ def test_refuses_a_beam_that_makes_no_sense(options, message, unchecked):
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"never": [-1]}, r"never must be some of 4 words but end=0, got \[-1\]"),
+        (
+            {"never": [1, 2, 3], "shortest": 1},
+            "never must leave one of 4 words to say before end=0 for shortest=1, got",
+        ),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"nucleus": 0.0}, r"nucleus must lie in \(0, 1\], got 0.0"),
     ],

@@ -34,11 +34,11 @@ class ConvolutionalSummary(MemoryAttention):
         kernel_size: Regions that a filter sees along every axis.
         window: Regions of a window along every axis.
         axes: 1 for words; 2 for a map, which is to have a size.
-        attention: Attention that gives the scores of both gates.
+        attention: Attention that gives the scores of both gates, and the first one the values that are read.
 
     Raises:
         ValueError: If a number is less than 1, ``kernel_size`` is even, ``axes`` is unknown, or the attention has more
-            than a softmax of scores.
+            than a softmax of scores, or is for maps of one size.
 
     Example:
         >>> attention = ConvolutionalSummary(16, 32)
@@ -72,9 +72,9 @@ class ConvolutionalSummary(MemoryAttention):
         self.window = (1, window) if axes == 1 else (window, window)
         make = nn.Conv1d if axes == 1 else nn.Conv2d
         self.filters = make(memory, width, kernel_size, padding="same")
-        self.near = scoring(attention(query, width))
-        self.far = scoring(attention(query, width))
-        self.out = nn.Linear(width, width)
+        self.near = scoring(attention(query, width), sizes=True)
+        self.far = scoring(attention(query, self.near.features), sizes=True)
+        self.out = nn.Linear(self.near.features, width)
 
     @property
     def features(self) -> int:
@@ -82,7 +82,7 @@ class ConvolutionalSummary(MemoryAttention):
 
     @property
     def needs_size(self) -> bool:  # type: ignore[override]
-        return self.axes == 2
+        return self.axes == 2 or self.near.needs_size
 
     def prepare(
         self,
@@ -96,20 +96,21 @@ class ConvolutionalSummary(MemoryAttention):
             assert size is not None
             x = x.unflatten(2, size)
         values = self.filters(x).relu().flatten(2).mT
-        near = self.near.prepare(values, mask)
-        return Prepared(near.keys, values, mask, size, near)
+        near = self.near.prepare(values, mask, size)
+        return near._replace(size=size, more=near)
 
     def attend(
         self, query: Float[Tensor, "b r q"], prepared: Prepared, state: Any = None
     ) -> tuple[Float[Tensor, "b r l"], Any]:
-        count = prepared.values.shape[1]
-        size = prepared.size if self.axes == 2 and prepared.size is not None else (1, count)
+        size = prepared.size if self.axes == 2 and prepared.size is not None else (1, prepared.values.shape[1])
         near = spread_in_windows(self.near.scores(query, prepared.more), prepared.mask, size, self.window)
         regions = in_windows(prepared.values.mT, size, self.window).permute(0, 2, 3, 1)
         sums = (near.to(regions.dtype)[:, :, :, None] @ regions[:, None]).squeeze(3)  # b r n w
-        asked = query.flatten(0, 1)[:, None]
-        far = self.far.scores(asked, self.far.prepare(sums.flatten(0, 1))).view(near.shape[:3])
         mask = None if prepared.mask is None else in_windows(prepared.mask, size, self.window).any(2)
+        each = None if mask is None else mask.repeat_interleave(query.shape[1], 0)
+        grid = -(-size[0] // self.window[0]), -(-size[1] // self.window[1])
+        asked, windows = query.flatten(0, 1)[:, None], self.far.prepare(sums.flatten(0, 1), each, grid)
+        far = self.far.scores(asked, windows).view(near.shape[:3])
         weights = from_windows(near * spread(far, mask)[..., None], size, self.window)
         return weights.to(query.dtype), state
 

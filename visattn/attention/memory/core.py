@@ -53,6 +53,12 @@ class MemoryAttention(Attention):
     needs_size: ClassVar[bool] = False
     """Does it ask where on a map the memory lies?"""
 
+    size: tuple[int, int] | None = None
+    """Height and width of the only map it looks at; None: of any."""
+
+    causal: bool = False
+    """Are queries steps, of which all but the last leave out what is for later ones?"""
+
     def __init__(self, query: int, memory: int):
         super().__init__()
         for name, features in {"query": query, "memory": memory}.items():
@@ -160,6 +166,7 @@ class OuterAttention(MemoryAttention):
         if self.attention.hard:
             raise ValueError(f"attention must mix regions, got {type(self.attention).__name__}, which picks")
         self.asks = self.attention.asks
+        self.size, self.causal = self.attention.size, self.attention.causal
 
     @property
     def features(self) -> int:
@@ -185,15 +192,23 @@ class OuterAttention(MemoryAttention):
 Scoring = TypeVar("Scoring", bound=MemoryAttention)
 
 
-def scoring(attention: Scoring) -> Scoring:
-    """Return attention that weighs regions by the softmax of their scores.
+def scoring(attention: Scoring, *, sizes: bool = False) -> Scoring:
+    """Return attention that weighs regions by the softmax of their scores, and reads their sum.
+
+    Args:
+        attention: The attention.
+        sizes: Whether it is to look at memories of several sizes.
 
     Raises:
-        ValueError: If it does more than that.
+        ValueError: If it does more than that, or looks at memories of one size only.
     """
+    name = type(attention).__name__
     if type(attention).attend is not MemoryAttention.attend:
-        name = type(attention).__name__
         raise ValueError(f"attention must weigh regions by the softmax of their scores, got {name}")
+    if type(attention).read is not MemoryAttention.read:
+        raise ValueError(f"attention must read the sum of the regions, as they are weighed, got {name}")
+    if sizes and attention.size is not None:
+        raise ValueError(f"attention must look at maps of any size, got {name} for {attention.size}")
     return attention
 
 

@@ -35,7 +35,8 @@ class HierarchicalAttention(MemoryAttention):
         attention: Attention that gives the scores of both levels.
 
     Raises:
-        ValueError: If a number is less than 1, or the attention has more than a softmax of scores.
+        ValueError: If a number is less than 1, or the attention has more than a softmax of scores, or is for maps of
+            one size.
 
     Example:
         >>> attention = HierarchicalAttention(16, 32)
@@ -62,8 +63,7 @@ class HierarchicalAttention(MemoryAttention):
         if top is not None and top < 1:
             raise ValueError(f"top must be at least 1, got {top}")
         self.window, self.top = window, top
-        self.windows = scoring(attention(query, memory))
-        self.regions = scoring(attention(query, memory))
+        self.windows, self.regions = (scoring(attention(query, memory), sizes=True) for _ in range(2))
 
     @property
     def features(self) -> int:

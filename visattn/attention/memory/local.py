@@ -75,9 +75,14 @@ class LocalAttention(MemoryAttention):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         self.alignment, self.radius, self.axes = alignment, radius, axes
         self.attention = scoring(attention(query, memory))
+        self.size = self.attention.size
         if alignment == "predictive":
             self.hidden = nn.Linear(query, width, bias=False)
             self.centre = nn.Linear(width, axes, bias=False)
+
+    @property
+    def features(self) -> int:
+        return self.attention.features
 
     @property
     def stateful(self) -> bool:  # type: ignore[override]

@@ -110,7 +110,7 @@ class LocationAttention(MemoryAttention):
             raise ValueError("size must be the (height, width) of the map that is the memory, got None")
         if min(size) < 1:
             raise ValueError(f"size must be a positive height and width, got {size}")
-        self.size = size
+        self.size: tuple[int, int] = size
         self.query = nn.Linear(query, size[0] * size[1], bias=False)
 
     def prepare(

@@ -53,7 +53,7 @@ def beam(
     that reach the greatest length are cut, and ranked as they are. A width of 1, without ``alpha``, is a greedy search.
 
     Groups of beams (arXiv:1610.02424) choose one after the other: a word that beams of the image in earlier groups have
-    chosen at this place counts less by ``diversity`` for each of them.
+    chosen at this place, to end with it or to go on, counts less by ``diversity`` for each of them.
 
     Args:
         decoder: What says sentences.
@@ -107,15 +107,18 @@ def beam(
     unsaid = torch.tensor([*never, end], device=device)
     for t in range(longest):
         logits = allowed(logits, history, unsaid if t < shortest else unsaid[:-1])
-        before = live - logits.logsumexp(-1).view_as(live)
+        total = logits.logsumexp(-1).view_as(live)
+        before = (live - total).masked_fill(total == -torch.inf, -torch.inf)  # where all words would repeat three
         logits = logits.unflatten(1, (groups, each))
         less = logits.new_zeros(images, logits.shape[-1])
         chosen: list[Candidates] = []
         for g in range(groups):
             chosen.append(choose(before[:, g], logits[:, g], 2 * each, less if g else None))
             if g + 1 < groups:
-                taken = chosen[-1].word[:, :each]
-                less = less.scatter_add(1, taken, less.new_full((), diversity).expand_as(taken))
+                log_prob, _, word = chosen[-1]
+                on = word != end  # others take the places of those that end
+                taken = torch.where(on, on.cumsum(1), torch.arange(1, word.shape[1] + 1, device=device)) <= each
+                less = less.scatter_add(1, word, diversity * (taken & log_prob.isfinite()).to(less.dtype))
         candidates = Candidates(*(torch.stack(field, 1) for field in zip(*chosen, strict=True)))
         ends = candidates.word == end
         ended = candidates.log_prob[..., :each].masked_fill(~ends[..., :each], -torch.inf)
@@ -217,6 +220,9 @@ def check(decoder: Decoder, end: int, longest: int, shortest: int, never: Sequen
         raise ValueError(f"end must be one of {decoder.vocabulary} words, got {end}")
     if not 0 <= shortest < longest:
         raise ValueError(f"shortest must be less than longest={longest}, got {shortest}")
+    if shortest and len(set(never)) + 1 >= decoder.vocabulary:
+        left = f"one of {decoder.vocabulary} words to say before end={end} for shortest={shortest}"
+        raise ValueError(f"never must leave {left}, got {list(never)}")
 
 
 def without(logits: Float[Tensor, "*b v"], never: Sequence[int] | Int[Tensor, "n"]) -> Float[Tensor, "*b v"]:
