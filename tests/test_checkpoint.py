@@ -256,13 +256,15 @@ def test_a_network_that_has_the_backbone_takes_the_rest_from_a_checkpoint_that_n
     assert torch.equal(other(images, words), network(images, words))
 
 
-def test_a_checkpoint_says_whether_it_only_names_its_backbone(trained, tmp_path):
+def test_a_checkpoint_says_what_it_is_without_its_weights(trained, tmp_path):
     network = Captioner(9, backbone=trained, pretrained=True, width=8)
-    assert checkpoint.names_backbone(save(network, tmp_path / "small", backbone=False))
-    assert not checkpoint.names_backbone(save(network, tmp_path / "whole"))
-    assert not checkpoint.names_backbone(tmp_path / "nowhere")
-    (tmp_path / "whole" / "config.json").write_text("[]")
-    assert not checkpoint.names_backbone(tmp_path / "whole")
+    folder = save(network, tmp_path / "small", backbone=False)
+    (folder / "visattn.safetensors").unlink()
+    assert "backbone" in checkpoint.description(folder)
+    assert "backbone" not in checkpoint.description(save(network, tmp_path / "whole"))
+    assert checkpoint.description(tmp_path / "whole")["model"]["arguments"]["width"] == 8
+    with pytest.raises(CheckpointError, match="nowhere: there is no checkpoint"):
+        checkpoint.description(tmp_path / "nowhere")
 
 
 @pytest.mark.slow

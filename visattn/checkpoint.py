@@ -445,6 +445,20 @@ def load(
     return model.eval()
 
 
+def description(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its model, but for the weights: its ``visattn`` block.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    path = Path(path)
+    try:
+        config = _checked(_read_json(path / CONFIG)) if path.is_dir() else _read(path)[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    return config["visattn"]
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a checkpoint says, and its weights by their names in the model."""
     if path.is_dir():
@@ -556,14 +570,6 @@ def _restore(
     if cast:
         _cast(model, state)
     model.load_state_dict(state, strict=not only)
-
-
-def names_backbone(path: str | Path) -> bool:
-    """Return whether a checkpoint only names its backbone; what else may be wrong with it is for :func:`load`."""
-    try:
-        return "backbone" in json.loads(Path(path, CONFIG).read_text(encoding="utf-8"))["visattn"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
 
 
 def _backbone(config: dict[str, Any], name: str | None, into: nn.Module | None) -> dict[str, Tensor]:

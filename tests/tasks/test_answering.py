@@ -7,7 +7,14 @@ import pytorch_lightning as pl
 import torch
 
 import visattn
-from visattn.attention import AttentiveReader, ImpatientReader, MultiHeadAttention
+from visattn.attention import (
+    AttentiveReader,
+    CoverageAttention,
+    HardAttention,
+    ImpatientReader,
+    MultiHeadAttention,
+)
+from visattn.checkpoint import describe
 from visattn.data.described import QuestionBatch, QuestionedCanvas
 from visattn.models import QuestionAnswerer
 from visattn.tasks import Answering
@@ -44,6 +51,67 @@ def test_the_loss_is_the_cross_entropy_of_the_answers():
     logits = task.model(batch.images, batch.words, batch.lengths).log_softmax(-1)
     expected = -torch.stack([logits[b, r, batch.answers[b, r]] for b in range(8) for r in range(4)]).mean()
     torch.testing.assert_close(task.training_loss(batch), expected)
+
+
+def test_the_penalty_of_a_reader_counts():
+    task, batch = built(reader=partial(CoverageAttention, width=8), penalty_factor=0.0)
+    without = task.training_loss(batch)
+    task.hparams["penalty_factor"] = 2.0
+    found = task.model.answer(batch.images, batch.words, batch.lengths)
+    penalties = []
+    for maps, length in zip(found.maps.flatten(0, 1), batch.lengths.flatten().tolist(), strict=True):
+        seen, total = torch.zeros(maps.shape[1]), torch.zeros(())
+        for look in maps[:length]:
+            total, seen = total + torch.minimum(look, seen).sum(), seen + look
+        penalties.append(total)
+    expected = without + 2 * torch.stack(penalties).mean()
+    torch.testing.assert_close(task.training_loss(batch), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [AttentiveReader, partial(ImpatientReader, width=8), partial(MultiHeadAttention, heads=2)],
+    ids=["attentive", "impatient", "heads"],
+)
+def test_picks_are_taught_by_how_likely_they_make_the_right_answer(reader):
+    hard = partial(HardAttention, attention=reader, expected=0.0)
+    task, batch = built(reader=hard, policy_factor=0.7, entropy_factor=0.3)
+    task.train()
+    task.average.fill_(-3.0)
+    logged = {}
+    task.log = lambda name, value, **_: logged.update({name: float(value)})
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    torch.manual_seed(0)
+    loss = task.training_loss(batch)
+    loss.backward()
+    average = task.average.item()
+    assert all(p.grad.any() for name, p in task.model.reader.named_parameters() if "key" in name or "score" in name)
+    task.load_state_dict(state)  # norms of the backbone have moved
+    torch.manual_seed(0)
+    found = task.model.answer(batch.images, batch.words, batch.lengths)
+    log_p = found.logits.log_softmax(-1)
+    likely, drawn, entropy = torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(8, 4)
+    for b in range(8):
+        for r in range(4):
+            likely[b, r] = log_p[b, r, batch.answers[b, r]]
+            for t in range(int(found.lengths[b, r])):
+                s, p = (each[b, r, t] for each in found.maps)
+                drawn[b, r] = drawn[b, r] + (s * p.log()).sum()
+                entropy[b, r] = entropy[b, r] - (p * p.log()).sum()
+    assert average == pytest.approx(0.9 * -3.0 + 0.1 * likely.mean().item(), rel=1e-4)
+    assert logged["train/reward"] == pytest.approx(likely.mean().item(), rel=1e-4)
+    picks = (likely - average).detach() * drawn
+    expected = -(likely + 0.7 * picks + 0.3 * entropy).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_a_reader_with_other_options_is_refused():
+    two = partial(MultiHeadAttention, heads=2)
+    (task, _), (other, _) = (built(reader=each) for each in (two, partial(two, heads=4)))
+    content = {"visattn": describe(task.model, **task.described), "state_dict": task.state_dict()}
+    with pytest.raises(ValueError, match=r"the checkpoint holds reader\.heads 2, the model has 4"):
+        other.on_load_checkpoint(content)
+    built(reader=two, dropout=0.5)[0].on_load_checkpoint(content)
 
 
 def test_channels_lie_last_in_what_the_backbone_makes_and_answer_the_same():
@@ -120,6 +188,7 @@ def test_needs_to_be_told_words_and_answers():
     [
         ({"backbone": "resnet10x"}, "backbone 'resnet10x' is not known to timm; close: "),
         ({"warmup": 1.0}, r"warmup must lie in \[0, 1\), got 1.0"),
+        ({"policy_factor": -0.1}, "policy_factor must not be negative, got -0.1"),
     ],
 )
 def test_refuses_options_out_of_range(options, message):

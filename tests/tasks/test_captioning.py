@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,29 @@ from PIL import Image
 from torch.nn import functional as F
 
 import visattn
-from visattn.attention import CBAM, AdditiveAttention, CoverageAttention, HardAttention, MultiHeadAttention
-from visattn.checkpoint import CheckpointError
+from visattn.attention import (
+    CBAM,
+    AdditiveAttention,
+    CoverageAttention,
+    HardAttention,
+    MultiHeadAttention,
+    SqueezeExcitation,
+)
+from visattn.checkpoint import CheckpointError, describe
 from visattn.data.captions import CaptionBatch, Captions
 from visattn.data.described import DescribedCanvas
+from visattn.data.vocabulary import Words
 from visattn.metrics import evaluate
 from visattn.metrics.cider import CiderD
-from visattn.models.decoders import LuongDecoder, PooledDecoder, ShowAttendAndTell, TransformerDecoder
+from visattn.models.decoders import (
+    ConvolutionalDecoder,
+    DilatedDecoder,
+    LuongDecoder,
+    PooledDecoder,
+    ShowAttendAndTell,
+    TransformerDecoder,
+    sample,
+)
 from visattn.tasks import Captioning
 from visattn.tasks.captioning import Heard
 from visattn.tasks.run import Predictions
@@ -25,6 +42,14 @@ from visattn.tasks.run import Predictions
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 SMALL = partial(ShowAttendAndTell, hidden=24, embedding=16, dropout=0.0, first="begin")
 LITTLE = {"backbone": "resnet10t", "decoder": SMALL, "width": 16, "beam": 2}
+FINE = {"backbone_args": {"output_stride": 8}}  # regions to choose from
+LAYERS = partial(TransformerDecoder, width=16, depth=2, heads=2, dropout=0.0)
+CONVOLUTIONS = partial(ConvolutionalDecoder, width=12, embedding=16, depth=2, dropout=0.0)
+DILATED = partial(DilatedDecoder, width=16, dilations=(1, 2), dropout=0.0)
+HEADS = partial(HardAttention, attention=partial(MultiHeadAttention, heads=2), expected=0.0)
+every_decoder = pytest.mark.parametrize(
+    "decoder", [SMALL, LAYERS, CONVOLUTIONS, DILATED], ids=["recurrent", "transformer", "convolutional", "dilated"]
+)
 
 
 @pytest.fixture
@@ -153,6 +178,34 @@ def test_picks_are_taught_by_what_they_make_likely(data):
     assert task.average.item() == pytest.approx(average.item(), rel=1e-4)
 
 
+def picked_by(task: Captioning) -> list[MultiHeadAttention]:
+    """The attention of each layer, whose keys learn by its picks alone."""
+    return [module.attention for module in task.model.decoder.modules() if isinstance(module, HardAttention)]
+
+
+@every_decoder
+def test_the_picks_of_every_head_and_layer_are_taught(data, decoder):
+    options = {"attention": HEADS, "policy_factor": 1.0, "entropy_factor": 0.0, "doubly": 0.0}
+    task, batch = built(data, decoder=decoder, **options, **FINE)
+    task.train()
+    torch.manual_seed(0)
+    loss = task.training_loss(batch)
+    loss.backward()
+    looks = picked_by(task)
+    assert len(looks) == (1 if decoder is SMALL else 2)
+    for look in looks:
+        assert all(head.any() for head in look.key.weight.grad.chunk(2))
+    torch.manual_seed(0)
+    said = task.model.decoder(task.model.prepare(batch.images), batch.words[:, :, :-1], batch.lengths)
+    there = torch.arange(batch.words.shape[2]) < batch.lengths[..., None]
+    log_p = task.model.decoder.write(said.features).log_softmax(-1).gather(3, batch.words[..., None])[..., 0] * there
+    drawn = said.maps.probabilities.gather(-1, said.maps.weights.argmax(-1, keepdim=True)).log()
+    drawn = drawn.flatten(3).sum(3).masked_fill(~there, 0.0)
+    reward = log_p.sum(2) / batch.lengths
+    expected = -log_p.sum() - ((reward - task.average).detach()[..., None] * drawn).sum()
+    torch.testing.assert_close(loss, expected / there.sum(), rtol=1e-4, atol=1e-5)
+
+
 def test_wake_sleep_learning_climbs_the_likelihood_of_the_caption(data):
     options = {"learning": "wake_sleep", "samples": 4000, "entropy_factor": 0.0}
     task, batch = built(data, attention=HardAttention, backbone_args={"output_stride": 16}, **options)
@@ -230,6 +283,54 @@ def test_sentences_are_rewarded_by_their_cider(data, explored):
     torch.testing.assert_close(loss, total / count, rtol=1e-4, atol=1e-5)
 
 
+@every_decoder
+@pytest.mark.parametrize("attention", [HEADS, partial(HEADS, expected=1.0)], ids=["drawn", "expected"])
+def test_picks_are_rewarded_as_words_are(data, decoder, attention):
+    options = {"learning": "self_critical", "samples": 3, "policy_factor": 0.7, "entropy_factor": 0.0}
+    task, batch = built(data, decoder=decoder, attention=attention, **options, **FINE)
+    task.train()
+    torch.manual_seed(1)
+    prepared = task.model.prepare(batch.images)
+    found = sample(task.model.decoder, prepared, end=task.model.end, count=3, longest=20, never=[1])
+    there = torch.arange(found.words.shape[2]) < found.lengths[..., None]
+    for rewards in (torch.full((4, 3), 2.0), torch.rand(4, 3)):
+        task.rewards = lambda *_, rewards=rewards: rewards
+        torch.manual_seed(1)
+        task.zero_grad()
+        loss = task.training_loss(batch)
+        loss.backward()
+        gradients = [look.key.weight.grad.clone() for look in picked_by(task)]
+        same = bool((rewards == rewards[0, 0]).all())
+        assert all(head.any() != same for each in gradients for head in each.chunk(2))
+
+        choice = None if attention is not HEADS else found.maps.weights.argmax(-1)
+        said = task.model.decoder(prepared, found.words[:, :, :-1], found.lengths, choice)
+        advantage = rewards - (rewards.sum(1, keepdim=True) - rewards) / 2
+        logits = task.model.decoder.write(said.features).index_fill(-1, torch.tensor([1]), -torch.inf)
+        log_p = logits.log_softmax(-1).gather(3, found.words[..., None])[..., 0].masked_fill(~there, 0.0)
+        if attention is HEADS:
+            drawn = said.maps.probabilities.gather(-1, choice[..., None]).log()
+            log_p = log_p + 0.7 * drawn.flatten(3).sum(3).masked_fill(~there, 0.0)
+        expected = -(advantage[..., None] * log_p).sum() / there.sum()
+        right = torch.autograd.grad(expected, [look.key.weight for look in picked_by(task)], retain_graph=True)
+        for one, other in zip(gradients, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        if attention is HEADS:
+            torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_batch_is_encoded_once_where_the_backbone_is_at_rest(data, frozen, monkeypatch):
+    options = {"learning": "self_critical", "explored": "beam", "baseline": "greedy", "freeze_backbone": frozen}
+    task, batch = built(data, **options)
+    task.train()
+    task.scorer = CiderD(task.trainer.datamodule.references("train"), end=task.model.end)
+    calls, features = [], visattn.models.Captioner.features
+    monkeypatch.setattr(visattn.models.Captioner, "features", lambda *of: calls.append(of) or features(*of))
+    task.training_loss(batch)
+    assert len(calls) == (1 if frozen else 3)
+
+
 def test_what_a_beam_finds_while_it_learns_is_what_is_said_in_the_end(data):
     task, batch = built(data, dropout=0.5, decoder=partial(SMALL, dropout=0.5))
     task.train()
@@ -299,6 +400,33 @@ def test_a_frozen_backbone_stays_and_its_maps_are_made_once(fit, data, tmp_path)
     assert not any(p.requires_grad for p in again.lightning_module.model.backbone.parameters())
 
 
+def test_what_proposes_regions_is_learned_beside_the_network_and_resumed(data, trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    half = tmp_path / "half.ckpt"
+
+    class Note(pl.Callback):
+        def on_fit_start(self, trainer, task):
+            self.first = {name: p.clone() for name, p in task.proposal.state_dict().items()}
+
+    class Half(pl.Callback):
+        def on_train_epoch_end(self, trainer, task):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(half)
+
+    proposals = []
+    for callbacks, start in (([Half()], None), ([], str(half))):
+        torch.manual_seed(0)
+        task = Captioning(**LITTLE | FINE, attention=HardAttention, learning="wake_sleep", samples=2)
+        note = Note()
+        trained = trainer(note, *callbacks, max_epochs=2, limit_val_batches=0)
+        trained.fit(task, datamodule=data(), ckpt_path=start)
+        proposals.append(task.proposal.state_dict())
+        assert all(not torch.equal(p, note.first[name]) for name, p in proposals[-1].items())
+        held = {id(p) for group in trained.optimizers[0].param_groups for p in group["params"]}
+        assert held == {id(p) for p in task.parameters() if p.requires_grad}
+    assert all(torch.equal(p, proposals[1][name]) for name, p in proposals[0].items())
+
+
 @pytest.mark.slow
 def test_goes_on_by_itself_from_a_captioner_that_was_trained(fit, tmp_path):
     fit(Captioning(**LITTLE), max_epochs=1)
@@ -363,6 +491,15 @@ def test_predictions_are_sentences(data, trainer, tmp_path):
     assert rows[0] == ["image", "caption"]
     assert [row[1] for row in rows[1:]] == [sentence for batch in said for sentence in batch]
     assert {Path(row[0]).name for row in rows[1:]} == {f"{k}.png" for k in range(12, 20)}
+
+
+def test_a_prediction_looks_at_images_where_maps_are_cached(data, trainer, tmp_path):
+    said = []
+    for cache in (None, str(tmp_path / "cache")):
+        torch.manual_seed(0)
+        said.append(trainer().predict(Captioning(**LITTLE), datamodule=data(cache=cache)))
+    assert said[0] == said[1]
+    assert sum(map(len, said[0])) == 8
 
 
 def test_canvases_that_come_once_have_nothing_to_score_samples_by(fit):
@@ -454,6 +591,91 @@ def test_words_of_others_are_refused(fit, data, tmp_path, photos):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words: ["dog", *words[1:]], "word 2 is 'a' there and 'dog' here"),
+        (lambda words: [*words[:2], *words[2:][::-1]], "word 4 is 'is' there and 'white' here"),
+        (lambda words: words[:-1], "word 10 is 'white' there and absent here"),
+    ],
+    ids=["other", "order", "fewer"],
+)
+def test_a_checkpoint_of_other_words_is_refused(fit, data, trainer, tmp_path, change, message):
+    fit(Captioning(**LITTLE), max_steps=1)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    others = data()
+    others.setup()
+    words = [*others.vocabulary.known]
+    for run in ("fit", "test"):
+        again = data()
+        again.vocabulary = Words(change(words))
+        with pytest.raises(ValueError, match=f"the checkpoint has other words than the data: {message}"):
+            getattr(trainer(max_epochs=2), run)(Captioning(**LITTLE), datamodule=again, ckpt_path=last)
+    cut = data(tokens="given")
+    with pytest.raises(ValueError, match="than the data: captions are cut into the same words in another way"):
+        trainer(max_epochs=2).fit(Captioning(**LITTLE), datamodule=cut, ckpt_path=last)
+
+
+TWO = partial(MultiHeadAttention, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "message"),
+    [
+        ({}, {"decoder": partial(SMALL, initial="last")}, ("decoder.initial", "mean", "last")),
+        ({"attention": TWO}, {"attention": partial(TWO, heads=4)}, ("decoder.attention.heads", 2, 4)),
+        (
+            {"attention": HardAttention},
+            {"attention": partial(HardAttention, temperature=0.5)},
+            ("decoder.attention.temperature", 1.0, 0.5),
+        ),
+        (
+            {"attention": HEADS},
+            {"attention": partial(HardAttention, attention=MultiHeadAttention)},
+            ("decoder.attention.attention.heads", 2, 8),
+        ),
+        ({"decoder": LAYERS}, {"decoder": partial(LAYERS, scaled=True)}, ("decoder.scaled", False, True)),
+        ({"decoder": DILATED}, {"decoder": partial(DILATED, dilations=(1, 3))}, ("decoder.dilations", [1, 2], [1, 3])),
+        ({"placed": True}, {}, ("placed", True, False)),
+        ({"layers": 1, "heads": 2}, {"layers": 1, "heads": 4}, ("heads", 2, 4)),
+        ({"heads": 2}, {"heads": 4}, None),
+        ({"dropout": 0.1, "decoder": partial(SMALL, dropout=0.5)}, {}, None),
+        ({"decoder": LAYERS}, {"decoder": partial(LAYERS, maps="all", dropout=0.3)}, None),
+        ({"attention": HEADS}, {"attention": partial(HEADS, expected=0.5, evaluation="argmax")}, None),
+        ({"attention": MultiHeadAttention}, {"attention": partial(MultiHeadAttention, width=24, heads=8)}, None),
+    ],
+)
+def test_options_that_change_what_is_computed_are_those_of_the_checkpoint(data, tmp_path, trained, asked, message):
+    of, task = built(data, **trained)[0], built(data, **asked)[0]
+    content = {"visattn": describe(of.model, **of.described), "state_dict": of.state_dict()}
+    visattn.save(of.model, tmp_path / "mine", **of.described)
+    if message is None:
+        task.on_load_checkpoint(content)
+        task.begin_with(str(tmp_path / "mine"))
+        assert all(torch.equal(p, task.model.state_dict()[name]) for name, p in of.model.state_dict().items())
+        return
+    (name, there, here), path = message, tmp_path / "mine"
+    before = {name: p.clone() for name, p in task.model.state_dict().items()}
+    with pytest.raises(ValueError, match=re.escape(f"the checkpoint holds {name} {there!r}, the model has {here!r}")):
+        task.on_load_checkpoint(content)
+    expected = f"start must have {name} {here!r} as the model has, {path} has {there!r}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        task.begin_with(str(path))
+    assert all(torch.equal(p, before[name]) for name, p in task.model.state_dict().items())
+
+
+def test_a_run_is_resumed_and_tested_with_the_options_it_had(fit, data, trainer, tmp_path):
+    fit(Captioning(**LITTLE), max_steps=1)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    other = LITTLE | {"decoder": partial(SMALL, initial="last")}
+    message = "the checkpoint holds decoder.initial 'mean', the model has 'last'"
+    for run in ("fit", "test"):
+        with pytest.raises(ValueError, match=message):
+            getattr(trainer(max_epochs=2), run)(Captioning(**other), datamodule=data(), ckpt_path=last)
+    other = LITTLE | {"decoder": partial(SMALL, dropout=0.3), "dropout": 0.1}
+    trainer(max_epochs=2, limit_val_batches=0).fit(Captioning(**other), datamodule=data(), ckpt_path=last)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"backbone": "resnet10x"}, "backbone 'resnet10x' is not known to timm; close: "),
@@ -497,6 +719,26 @@ def test_what_is_inserted_in_a_frozen_backbone_learns_and_is_saved(fit, data, tm
     torch.testing.assert_close(saved.features(images), again.features(images))
     with pytest.raises(ValueError, match="cache must be left out where the backbone, or what is inserted"):
         fit(Captioning(**LITTLE | {"inserted": CBAM}), of=data(cache=str(tmp_path / "cache")))
+
+    begun = Captioning(**LITTLE | {"inserted": CBAM, "at": "stages", "gate": None, "start": str(tmp_path / "saved")})
+    fit(begun, max_epochs=0)
+    torch.testing.assert_close(begun.model.eval().features(images), again.features(images))
+    for inserted in (None, SqueezeExcitation):
+        name = inserted and inserted.__name__
+        with pytest.raises(ValueError, match=f"inserted must be what .* has inserted, CBAM, got {name}"):
+            fit(Captioning(**LITTLE | {"inserted": inserted, "start": str(tmp_path / "saved")}), max_epochs=0)
+
+
+@pytest.mark.slow
+def test_something_is_inserted_into_a_captioner_that_was_trained_without(fit, tmp_path):
+    task = Captioning(**LITTLE)
+    fit(task, max_epochs=1)
+    visattn.save(task.model, tmp_path / "saved", **task.described)
+    begun = Captioning(**LITTLE | {"inserted": CBAM, "at": "stages", "start": str(tmp_path / "saved")})
+    fit(begun, max_epochs=0, default_root_dir=tmp_path / "begun")
+    assert len(visattn.insertions(begun.model)) == 4
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(begun.model.eval().features(images), task.model.eval().features(images))
 
 
 def test_what_regions_do_not_depend_on_asks_for_no_gradient(data):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visattn.checkpoint import load, names_backbone
+from visattn.checkpoint import description, load
 from visattn.commands import show
 from visattn.commands.caption import add_backbone, complete
 from visattn.commands.predict import batches, denormalised, find, positive, probabilities
@@ -169,7 +169,7 @@ def run(args: Namespace) -> int:
 
 def ready(checkpoint: str, args: Namespace) -> Any:
     """Return a model that can be asked."""
-    wanted = args.against is None or names_backbone(checkpoint)  # of two, one may hold its backbone itself
+    wanted = args.against is None or "backbone" in description(checkpoint)  # of two, one may hold its backbone itself
     model: Any = load(checkpoint, backbone=args.backbone if wanted else None, device=args.device)
     if isinstance(model, Captioner):
         complete(model, checkpoint)

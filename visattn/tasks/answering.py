@@ -16,21 +16,24 @@ from torchmetrics.classification import MulticlassAccuracy
 from visattn import attention as zoo
 from visattn.attention.core import wide
 from visattn.attention.memory.core import MemoryAttention
+from visattn.attention.memory.hard import HardWeights
 from visattn.data.described import QuestionBatch, QuestionedCanvas
-from visattn.data.vocabulary import Vocabulary
 from visattn.metrics.pointing import points_into
 from visattn.models.question_answerer import Answered, QuestionAnswerer, at
 from visattn.tasks.base import Task, known_to_timm, plainly, trained_weights
-from visattn.tasks.captioning import averaged
+from visattn.tasks.regions import RegionTask, averaged, not_negative, probable
 
 STAGES = ("val", "test", "test_more")
 
 
-class Answering(Task):
+class Answering(RegionTask):
     """Train a network to answer questions about images: visual question answering.
 
     The network, ``model``, is a :class:`~visattn.models.QuestionAnswerer`, built when a trainer (or
     ``load_from_checkpoint``) asks for it, because the data says which words and answers there are.
+
+    It learns by the cross entropy of the answers. A reader that picks regions is taught by what its picks make likely,
+    the log-probability of the right answer less its moving average.
 
     An evaluation tells the share of right answers, ``accuracy``, and where answers have a place, the share of those
     whose map, at the last look, has its peak there, ``grounded``.
@@ -50,6 +53,9 @@ class Answering(Task):
         layers: How many transformer blocks the regions go through.
         heads: How many heads their attention has.
         dropout: Probability to drop a number of a region, and of what the answer is told from.
+        penalty_factor: Weight of the penalty that the reader itself has on its weights.
+        policy_factor: Weight of what teaches picks.
+        entropy_factor: Weight of the entropy of picks, which is to be great.
         optimizer: An optimizer with its options; left out, AdamW.
         schedule: A schedule of torch with its options, stepped after every epoch; left out, the rate rises linearly
             and falls to zero along a cosine, step by step.
@@ -64,6 +70,7 @@ class Answering(Task):
     columns = ("question", "answer", "probability")
     """What a prediction says beside the name of an image."""
     classes = Task.classes | {"reader": zoo}
+    asks = "reader"
 
     def __init__(
         self,
@@ -80,6 +87,9 @@ class Answering(Task):
         layers: int = 0,
         heads: int = 8,
         dropout: float = 0.0,
+        penalty_factor: float = 1.0,
+        policy_factor: float = 0.1,
+        entropy_factor: float = 0.002,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
         warmup: float = 0.05,
@@ -88,10 +98,10 @@ class Answering(Task):
         known_to_timm(backbone)
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+        not_negative(penalty_factor=penalty_factor, policy_factor=policy_factor, entropy_factor=entropy_factor)
         self.save_hyperparameters(ignore=["_instantiator"])
         self.reader = reader
         self.remember(reader=reader)
-        self.vocabulary: Vocabulary | None = None
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -110,12 +120,20 @@ class Answering(Task):
         if h["channels_last"]:
             self.model.backbone.to(memory_format=torch.channels_last)  # maps follow the weights
         self.model.freeze_unread()
+        if self.model.reader.hard:
+            self.register_buffer("average", torch.zeros(()))
         make = partial(MulticlassAccuracy, len(self.labels), average="micro")
         self.accuracy: Any = torch.nn.ModuleDict({stage: make() for stage in STAGES})
         self.grounded: Any = torch.nn.ModuleDict({stage: MeanMetric() for stage in STAGES})
 
     def training_loss(self, batch: QuestionBatch) -> Tensor:
-        return loss(self.model(batch.images, batch.words, batch.lengths), batch)
+        found = self.model.answer(batch.images, batch.words, batch.lengths)
+        there = torch.arange(probable(found.maps).shape[2], device=self.device) < found.lengths[..., None]
+        total = loss(found.logits, batch) + self.penalty_loss(found.maps, there)
+        if not isinstance(found.maps, HardWeights):
+            return total
+        likely = wide(found.logits.detach()).log_softmax(-1).gather(2, batch.answers[..., None])[..., 0]
+        return total + self.picking_loss(found.maps, there, self.gain(likely), likely.numel())
 
     def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -166,5 +184,4 @@ def loss(logits: Tensor, batch: QuestionBatch) -> Tensor:
 
 def last_map(found: Answered) -> Tensor:
     """Return where was looked last for each question, in the mean of heads."""
-    maps = getattr(found.maps, "probabilities", found.maps)
-    return at(averaged(maps), found.lengths - 1)
+    return at(averaged(found.maps), found.lengths - 1)

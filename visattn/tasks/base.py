@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property, partial, wraps
+from itertools import chain, zip_longest
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +33,7 @@ from visattn.attention import Attention
 from visattn.attention.memory.core import MemoryAttention
 from visattn.checkpoint import describe
 from visattn.data.transforms import Preprocess
+from visattn.data.vocabulary import Vocabulary
 from visattn.surgery import insertions
 from visattn.tasks.run import RunError
 
@@ -82,6 +84,7 @@ class Task(pl.LightningModule):
         self.schedule = schedule
         self.pretrained = pretrained
         self.labels: list[str] | None = None
+        self.vocabulary: Vocabulary | None = None
         self.preprocess: Preprocess | None = None
         self.description: dict[str, Any] | None = None
 
@@ -198,12 +201,19 @@ class Task(pl.LightningModule):
 
     # --- optimization -------------------------------------------------------------------------------------------------
 
+    def beside(self) -> dict[str, nn.Module]:
+        """Return what learns beside the network, for the sake of its training alone, by name."""
+        return {}
+
     def configure_optimizers(self) -> Any:
-        looks = [module for module in self.model.modules() if isinstance(module, Attention)]
+        beside = self.beside()
+        modules = chain(self.model.modules(), *(each.modules() for each in beside.values()))
+        named = chain(self.model.named_parameters(), *(each.named_parameters(name) for name, each in beside.items()))
+        looks = [module for module in modules if isinstance(module, Attention)]
         ours = {id(p) for part in (*insertions(self.model), *looks) for p in part.parameters()}
         exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, p in self.model.named_parameters():
+        for name, p in named:
             if p.requires_grad:
                 decays = p.ndim > 1 and not name.endswith("bias") and name not in exempt
                 groups[id(p) in ours, decays].append(p)
@@ -265,6 +275,11 @@ class Task(pl.LightningModule):
         theirs, backbone = (h.get("backbone") for h in (checkpoint.get("hyper_parameters", {}), self.hparams))
         if theirs is not None and theirs != backbone:
             raise ValueError(f"the checkpoint holds backbone {theirs!r}, the model has {backbone!r}")
+        block = checkpoint.get("visattn", {}).get("visattn", {})
+        words = block.get("vocabulary")
+        if self.vocabulary is not None and words is not None and words != self.vocabulary.state:
+            difference = unlike(Vocabulary.load(words), self.vocabulary)
+            raise ValueError(f"the checkpoint has other words than the data: {difference}")
         states = self.state_dict(), checkpoint.get("state_dict", self.state_dict())  # a divided network has loaded it
         mine, other = ({k: v.shape for k, v in d.items()} for d in states)
         if different := sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)):
@@ -274,7 +289,6 @@ class Task(pl.LightningModule):
                 f"the checkpoint holds another network than this {backbone or type(self.model).__name__}: "
                 f"{name} is {shapes[0]} there and {shapes[1]} here ({len(different)} differ)"
             )
-        block = checkpoint.get("visattn", {}).get("visattn", {})
         if self.labels is not None and block.get("labels") is not None and list(self.labels) != block["labels"]:
             there, here = next(pair for pair in zip(block["labels"], self.labels, strict=True) if pair[0] != pair[1])
             raise ValueError(f"the checkpoint has other labels than the data: {there!r} where the data has {here!r}")
@@ -333,6 +347,15 @@ def mean_over_ranks(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
     total = value.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def unlike(there: Vocabulary, here: Vocabulary) -> str:
+    """Say in which word two vocabularies differ first."""
+    both = ([repr(each.word(number)) for number in range(len(each))] for each in (there, here))
+    for number, (one, other) in enumerate(zip_longest(*both, fillvalue="absent")):
+        if one != other:
+            return f"word {number} is {one} there and {other} here"
+    return "captions are cut into the same words in another way"
 
 
 def known_to_timm(backbone: str) -> None:

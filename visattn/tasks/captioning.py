@@ -30,12 +30,12 @@ from visattn.metrics.pointing import points_into
 from visattn.models import decoders
 from visattn.models.captioner import Captioner
 from visattn.models.decoders import Decoder, Said, Sentences, ShowAttendAndTell, sample
-from visattn.models.decoders.recurrent import RecurrentDecoder
 from visattn.models.decoders.search import without
 from visattn.models.proposal import Proposal, draw
 from visattn.surgery import insert, insertions
-from visattn.tasks.base import Task, known_to_timm, mean_over_ranks, plainly, trained_weights
+from visattn.tasks.base import Task, found_class, known_to_timm, mean_over_ranks, plainly, trained_weights, unlike
 from visattn.tasks.importance import importance
+from visattn.tasks.regions import RegionTask, averaged, not_negative
 from visattn.tasks.run import RunError, folder
 
 MakeAttention = Callable[[int], Attention]
@@ -45,7 +45,6 @@ Learning = Literal["cross_entropy", "self_critical", "wake_sleep"]
 Baseline = Literal["greedy", "leave_one_out"]
 Explored = Literal["chance", "beam"]
 Spread = Literal["one", "length"]
-DECAY = 0.9  # of the moving average, in a step
 
 
 class Heard(NamedTuple):
@@ -58,7 +57,7 @@ class Heard(NamedTuple):
     """Whether each word that names something was read there; None where nobody knows."""
 
 
-class Captioning(Task):
+class Captioning(RegionTask):
     r"""Train a captioner to say what is in a picture.
 
     By cross entropy, the mean over the true words of all processes; or, self-critically (arXiv:1612.00563), by the
@@ -68,9 +67,9 @@ class Captioning(Task):
 
     where :math:`b` is that of its greedy sentence, or of the image's other sentences; some of the cross entropy may be
     added. An attention that picks regions (arXiv:1502.03044) is taught by what its picks make likely,
-    :math:`\log p(w \mid s)` less its moving average; or by wake-sleep learning (arXiv:1509.06812), in which a
-    :class:`~visattn.models.proposal.Proposal` that knows the caption says where to look, and its draws count by how
-    well they go with words and attention.
+    :math:`\log p(w \mid s)` less its moving average, and in self-critical learning by :math:`R_n - b_n` as well as
+    words; or by wake-sleep learning (arXiv:1509.06812), in which a :class:`~visattn.models.proposal.Proposal` that
+    knows the caption says where to look, and its draws count by how well they go with words and attention.
 
     A validation says what it sees, by a beam, and compares it with what people said. A test also writes all sentences,
     an image a line, to ``test.jsonl`` in the folder of the run.
@@ -103,7 +102,7 @@ class Captioning(Task):
         penalty_factor: Weight of the penalty that the attention itself has on its weights.
         learning: ``"cross_entropy"``; ``"self_critical"``, which is for a captioner that was trained already; or
             ``"wake_sleep"``, for an attention that picks regions.
-        start: Folder or checkpoint of a captioner to start from.
+        start: Folder or checkpoint of a captioner to start from, of the same words and options; dropout may be another.
         samples: How many sentences are said about an image; or by how many draws of regions each caption is read, in
             wake-sleep learning.
         explored: Whether those sentences are said by ``"chance"``, or are the best of a ``"beam"`` (arXiv:1912.08226),
@@ -129,8 +128,7 @@ class Captioning(Task):
     columns = ("caption",)
     """What a prediction says beside the name of an image."""
     classes = Task.classes | {"decoder": decoders, "attention": zoo, "inserted": zoo}
-
-    average: Tensor
+    asks = "decoder"
 
     def __init__(
         self,
@@ -189,13 +187,10 @@ class Captioning(Task):
                 raise ValueError(f"{name} must lie in [0, 1), got {share}")
         factors = {"doubly": doubly, "penalty_factor": penalty_factor, "policy_factor": policy_factor, "alpha": alpha}
         factors |= {"cross_entropy_factor": cross_entropy_factor, "entropy_factor": entropy_factor}
-        for name, factor in factors.items():
-            if factor < 0:
-                raise ValueError(f"{name} must not be negative, got {factor}")
+        not_negative(**factors)
         self.save_hyperparameters(ignore=["_instantiator"])
         self.decoder, self.attention, self.inserted = decoder or ShowAttendAndTell, attention, inserted
         self.remember(decoder=self.decoder, attention=attention, inserted=inserted)
-        self.vocabulary: Vocabulary | None = None
         self.heard: dict[str, list[Heard]] = defaultdict(list)
         self.register_buffer("average", torch.zeros(()))
 
@@ -223,11 +218,6 @@ class Captioning(Task):
                 decoder=make,
                 **options,
             )
-        if self.inserted is not None:
-            size = getattr(data, "input_size", None)
-            insert(self.model.backbone, self.inserted, at=h["at"], gate=h["gate"], input_size=size)
-        if h["channels_last"]:
-            self.model.backbone.to(memory_format=torch.channels_last)  # maps follow the weights
         fits = self._trainer is not None and self._trainer.state.fn == "fit"
         if h["learning"] == "self_critical" and fits:
             if not hasattr(data, "references"):
@@ -237,6 +227,11 @@ class Captioning(Task):
                 raise ValueError("start must be a trained captioner for self_critical learning, got None")
         if fits and h["start"] is not None:
             self.begin_with(h["start"])
+        if self.inserted is not None and not insertions(self.model):
+            size = getattr(data, "input_size", None)
+            insert(self.model.backbone, self.inserted, at=h["at"], gate=h["gate"], input_size=size)
+        if h["channels_last"]:
+            self.model.backbone.to(memory_format=torch.channels_last)  # maps follow the weights
         if h["doubly"] and not any(isinstance(module, MemoryAttention) for module in self.model.decoder.modules()):
             raise ValueError(f"doubly must be 0 for {type(self.model.decoder).__name__}, which looks nowhere")
         if h["learning"] == "wake_sleep":
@@ -256,14 +251,28 @@ class Captioning(Task):
         if self.cached:
             self.keep(data)
 
-    def begin_with(self, start: str) -> None:
-        """Take over the weights of a captioner of the same words."""
-        from visattn.checkpoint import load
+    def beside(self) -> dict[str, nn.Module]:
+        return {"proposal": self.proposal} if self.hparams["learning"] == "wake_sleep" else {}
 
-        other = load(start, into=self.model)
-        words, self.model.vocabulary = getattr(other, "vocabulary", None), self.vocabulary
-        if words is not None and words != self.vocabulary:
-            raise ValueError(f"start must have the words of the data, {start} has others")
+    def begin_with(self, start: str) -> None:
+        """Take over the weights of a captioner of the same words and options, and what is inserted in it."""
+        from visattn.checkpoint import description, load
+
+        known, own = description(start), self.vocabulary
+        words = known["vocabulary"] and Vocabulary.load(known["vocabulary"])
+        if own is not None and words is not None and words != own:
+            difference = unlike(words, own)
+            raise ValueError(f"start must have the words of the data, {start} has others: {difference}")
+        if known["model"] and (found := self.contradiction(known["model"]["arguments"])):
+            name, other, mine = found
+            raise ValueError(f"start must have {name} {mine!r} as the model has, {start} has {other!r}")
+        load(start, into=self.model)
+        self.model.vocabulary = own
+        there = {type(each.attention).__name__ for each in insertions(self.model)}
+        here = set() if self.inserted is None else {found_class(self.inserted).__name__}
+        if there and there != here:
+            asked = ", ".join(here) or "None"
+            raise ValueError(f"inserted must be what {start} has inserted, {', '.join(sorted(there))}, got {asked}")
 
     def keep(self, data: Any) -> None:
         """Have the maps of the frozen backbone made, or read where that was done."""
@@ -302,10 +311,6 @@ class Captioning(Task):
         """Return maps of the backbone, of images or of what was made of them before."""
         return images if self.cached else self.model.features(images)
 
-    def ready(self, images: Tensor) -> Any:
-        """Return what the decoder looks at, of images or of their maps."""
-        return self.model.ready(self.features(images))
-
     # --- learning -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -314,11 +319,12 @@ class Captioning(Task):
             self.scorer = CiderD(data.references("train"), end=self.model.end)
 
     def training_loss(self, batch: CaptionBatch) -> Tensor:
-        memory, size = self.model.regions(self.features(batch.images))
+        features = self.features(batch.images)
+        memory, size = self.model.regions(features)
         prepared = self.model.decoder.prepare(memory, None, size)
         critical = self.hparams["learning"] == "self_critical"
         if critical and not self.hparams["cross_entropy_factor"]:
-            return self.critical_loss(prepared, batch)
+            return self.critical_loss(features, prepared, batch)
         words = self.read_words(prepared, batch.words[:, :, :-1])
         there = torch.arange(batch.words.shape[2], device=self.device) < batch.lengths[..., None]
         if self.hparams["learning"] == "wake_sleep":
@@ -328,8 +334,12 @@ class Captioning(Task):
         loss = nats.sum() / shared(there.sum())
         self.log("train/cross_entropy", loss)
         if critical:
-            return self.critical_loss(prepared, batch) + self.hparams["cross_entropy_factor"] * loss
-        return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
+            return self.critical_loss(features, prepared, batch) + self.hparams["cross_entropy_factor"] * loss
+        loss = loss + self.looking_loss(said.maps, there)
+        if not isinstance(said.maps, HardWeights):
+            return loss
+        gain = self.gain(-nats.detach().sum(2) / there.sum(2).clamp_min(1))  # of a caption, by its length
+        return loss + self.picking_loss(said.maps, there, gain, shared(there.sum()))
 
     def nats(
         self,
@@ -353,7 +363,7 @@ class Captioning(Task):
         own = torch.rand(words.shape, device=words.device) < share
         decoder: Decoder = self.model.decoder
         with torch.no_grad():
-            if not isinstance(decoder, RecurrentDecoder):
+            if decoder.parallel:
                 logits = decoder.write(decoder(prepared, words).features[:, :, :-1])
                 return torch.where(own, drawn(logits, self.model.never), words)
             state, last, read = decoder.begin(prepared, words.shape[1]), None, []
@@ -366,36 +376,10 @@ class Captioning(Task):
 
     def looking_loss(self, maps: Any, there: Bool[Tensor, "b r t"]) -> Tensor:
         """Return what is asked of the weights themselves, where there are words."""
-        h, loss = self.hparams, torch.zeros((), device=self.device)
         if maps is None:
-            return loss
-        weights = maps.probabilities if isinstance(maps, HardWeights) else maps
-        if h["doubly"]:
-            loss = loss + h["doubly"] * self.unevenness(weights, there)
-        if h["penalty_factor"]:
-            penalties = [m.penalty for m in self.model.decoder.modules() if hasattr(m, "penalty")]
-            loss = loss + h["penalty_factor"] * sum(penalty(weights, there) for penalty in penalties)
-        return loss
-
-    def picking_loss(self, maps: Any, there: Bool[Tensor, "b r t"], likely: Float[Tensor, "b r t"]) -> Tensor:
-        """Return what teaches picks, by the log-probability of each word."""
-        h = self.hparams
-        if not isinstance(maps, HardWeights):
-            return likely.new_zeros(())
-        reward = likely.sum(2) / there.sum(2).clamp_min(1)  # of a caption, by its length
-        with torch.no_grad():
-            self.average.lerp_(mean_over_ranks(reward.mean()), 1 - DECAY)
-        advantage = (reward - self.average)[..., None].detach()
-        count = shared(there.sum())
-        picks = (advantage * maps.log_probability(there)).sum() / count
-        self.log("train/reward", reward.mean())
-        return self.entropy_loss(maps, there, count) - h["policy_factor"] * picks
-
-    def entropy_loss(self, maps: HardWeights, there: Bool[Tensor, "b r t"], count: Tensor) -> Tensor:
-        """Return what keeps picks from being always the same."""
-        entropy = maps.entropy(there).sum() / count
-        self.log("train/entropy", entropy.detach())
-        return -self.hparams["entropy_factor"] * entropy
+            return torch.zeros((), device=self.device)
+        loss = self.penalty_loss(maps, there)
+        return loss + self.hparams["doubly"] * self.unevenness(maps, there) if self.hparams["doubly"] else loss
 
     def wake_sleep_loss(
         self,
@@ -425,39 +409,54 @@ class Captioning(Task):
         loss = -(share * (likely + known) + more * prior).sum() / count
         return loss + self.looking_loss(said.maps, there) + self.entropy_loss(said.maps, there, count)
 
-    def unevenness(self, weights: Float[Tensor, "b r t *heads l"], there: Bool[Tensor, "b r t"]) -> Tensor:
+    def unevenness(self, maps: Any, there: Bool[Tensor, "b r t"]) -> Tensor:
         """Return how far regions are from being looked at alike, in the mean over captions."""
-        total = (averaged(weights) * there[..., None]).sum(2)
+        total = (averaged(maps) * there[..., None]).sum(2)
         count = there.sum(2, keepdim=True) / total.shape[-1] if self.hparams["target"] == "length" else 1.0
         return (count - total).square().sum(-1).mean()
 
-    def critical_loss(self, prepared: Any, batch: CaptionBatch) -> Tensor:
+    def critical_loss(self, features: Tensor, prepared: Any, batch: CaptionBatch) -> Tensor:
         """Return the loss of sentences that are said, by their CIDEr-D."""
         h, decoder = self.hparams, self.model.decoder
         never = self.model.never  # else it would learn to say what it does not know, where people do
+        learns = any(module.training for module in self.model.backbone.modules())
+        still = None if learns else features.detach()  # what an evaluation has as well
+        choice = {}
         if h["explored"] == "beam":
-            found = self.best(batch.images, width=h["samples"], alpha=h["alpha"])
+            found = self.best(batch.images, still, width=h["samples"], alpha=h["alpha"])
         else:
             found = sample(decoder, prepared, end=self.model.end, count=h["samples"], longest=h["longest"], never=never)
+            if isinstance(found.maps, HardWeights):
+                choice = {"choice": found.maps.choice}  # what the sentences were said by
         reward = self.rewards(found, batch.indices)
         if h["baseline"] == "greedy":
-            expected = self.rewards(self.best(batch.images, width=1), batch.indices)
+            expected = self.rewards(self.best(batch.images, still, width=1), batch.indices)
         else:
             expected = (reward.sum(1, keepdim=True) - reward) / (h["samples"] - 1)
         if not reward.isfinite().all():
             raise RunError(f"reward is not finite at step {self.global_step} (epoch {self.current_epoch})")
         there = torch.arange(found.words.shape[2], device=self.device) < found.lengths[..., None]
-        said = decoder(prepared, found.words[:, :, :-1], found.lengths)
+        said = decoder(prepared, found.words[:, :, :-1], found.lengths, **choice)
         nats = self.nats(said, found.words, there, never=never)
         self.log_dict({"train/reward": reward.mean(), "train/length": found.lengths.float().mean()})
-        loss = ((reward - expected)[..., None] * nats).sum() / shared(there.sum())
-        return loss + self.looking_loss(said.maps, there) + self.picking_loss(said.maps, there, -nats.detach())
+        advantage, count = reward - expected, shared(there.sum())
+        loss = (advantage[..., None] * nats).sum() / count + self.looking_loss(said.maps, there)
+        if not isinstance(said.maps, HardWeights):
+            return loss
+        return loss + self.picking_loss(said.maps, there, advantage, count)
 
     @torch.no_grad()
-    def best(self, images: Tensor, **options: Any) -> Sentences:
-        """Return the likeliest sentences about images, as they would be said in the end: nothing is dropped."""
+    def best(self, images: Tensor, features: Tensor | None = None, **options: Any) -> Sentences:
+        """Return the likeliest sentences about images, as they would be said in the end: nothing is dropped.
+
+        Args:
+            images: The images.
+            features: Their maps as an evaluation has them, where these are known.
+            options: As of :meth:`~visattn.models.Captioner.say`.
+        """
         self.eval()
-        found = self.model.say(self.ready(images), longest=self.hparams["longest"], **options)
+        ready = self.model.ready(self.features(images) if features is None else features)
+        found = self.model.say(ready, longest=self.hparams["longest"], **options)
         self.train()
         return found
 
@@ -506,10 +505,9 @@ class Captioning(Task):
         """Say of each image whether the words of its references that name something were read there."""
         if maps is None:  # the decoder looks nowhere
             return [[] for _ in batch.names]
-        weights = averaged(getattr(maps, "probabilities", maps))
         assert batch.boxes is not None
         names = batch.boxes.any(-1)
-        found = points_into(weights, batch.boxes, size, (batch.images.shape[2], batch.images.shape[3]))
+        found = points_into(averaged(maps), batch.boxes, size, (batch.images.shape[2], batch.images.shape[3]))
         return [inside[there].tolist() for inside, there in zip(found, names, strict=True)]
 
     def compare(self, stage: str) -> None:
@@ -543,7 +541,8 @@ class Captioning(Task):
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[str]:
         """Return the sentences."""
-        return self.texts(self.tell(self.ready(batch[0] if isinstance(batch, (list, tuple)) else batch)))
+        images = batch[0] if isinstance(batch, (list, tuple)) else batch  # never maps of them
+        return self.texts(self.tell(self.model.prepare(images)))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -561,11 +560,6 @@ def drawn(logits: Float[Tensor, "b r *t v"], never: Sequence[int]) -> Int[Tensor
     """Draw words as likely as they are, but for those that are never said."""
     each = without(logits, never).softmax(-1).flatten(0, -2).multinomial(1)
     return each.view(logits.shape[:-1])
-
-
-def averaged(weights: Float[Tensor, "b r t *heads l"]) -> Float[Tensor, "b r t l"]:
-    """Return the mean of the weights of heads, and of layers."""
-    return weights.flatten(3, -2).mean(3) if weights.ndim > 4 else weights
 
 
 def share(held: list[bool]) -> float:

@@ -132,6 +132,33 @@ def test_steps_that_do_not_count_have_neither_probability_nor_entropy():
     torch.testing.assert_close(level.entropy(), torch.full((1, 2), 8.0).log())
 
 
+def test_what_heads_and_layers_draw_together_has_the_sum():
+    p = torch.rand(2, 3, 4, 2, 5, REGIONS, dtype=torch.double).softmax(-1)  # of four steps, two layers and five heads
+    drawn = torch.nn.functional.one_hot(torch.randint(REGIONS, p.shape[:-1]), REGIONS).double()
+    maps, counts = HardWeights(drawn, p), torch.rand(2, 3, 4) < 0.5
+    for b in range(2):
+        for r in range(3):
+            for t in range(4):
+                each = [(drawn[b, r, t, n, h], p[b, r, t, n, h]) for n in range(2) for h in range(5)]
+                likely = sum((s * a.log()).sum() for s, a in each) * counts[b, r, t]
+                entropy = -sum((a * a.log()).sum() for _, a in each) * counts[b, r, t]
+                torch.testing.assert_close(maps.log_probability(counts)[b, r, t], likely, rtol=0, atol=1e-11)
+                torch.testing.assert_close(maps.entropy(counts)[b, r, t], entropy, rtol=0, atol=1e-11)
+    assert maps.log_probability().shape == p.shape[:-1]
+
+
+def test_draws_can_be_read_again():
+    module, held, asked = CASES[0].lively().train(), memory(), queries()
+    module.expected = 0.0
+    prepared = module.prepare(held, mask())
+    maps = stacked([module.attend(query, prepared)[0] for query in asked])
+    for t, query in enumerate(asked):
+        again, _ = module.attend(query, prepared, None, maps.choice[:, :, t])
+        assert torch.equal(again.weights, maps.weights[:, :, t])
+    module.expected = 1.0
+    assert module.attend(asked[0], module.prepare(held))[0].choice is None
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_reads_from_the_regions_of_a_proposal(training):
     module, held, (asked, *_) = CASES[0].lively().train(training), memory(), queries()

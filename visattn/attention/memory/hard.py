@@ -20,13 +20,20 @@ class HardWeights(NamedTuple):
     probabilities: Float[Tensor, "b r *heads l"]
     """How likely each region was."""
 
+    @property
+    def choice(self) -> Int[Tensor, "b r *heads"] | None:
+        """The regions that were drawn; None where any was read with the probabilities."""
+        drawn = ((self.weights == 0) | (self.weights == 1)).all()
+        return self.weights.argmax(-1) if drawn else None
+
     def log_probability(self, mask: Bool[Tensor, "*b"] | None = None) -> Float[Tensor, "*b"]:
         r"""Return :math:`\sum_i s_i \log a_i` of each draw.
 
         Its gradient goes through the probabilities alone; it is zero where they themselves were read.
 
         Args:
-            mask: True at the draws that count; others have zero.
+            mask: True at the draws that count; others have zero. Where it has no axes for heads or layers, what these
+                draw together has the sum.
         """
         return _expected_log(self.weights.detach(), self.probabilities, mask)
 
@@ -34,7 +41,7 @@ class HardWeights(NamedTuple):
         r"""Return :math:`-\sum_i a_i \log a_i` of each draw.
 
         Args:
-            mask: True at the draws that count; others have zero.
+            mask: As of :meth:`log_probability`.
         """
         return -_expected_log(self.probabilities, self.probabilities, mask)
 
@@ -52,7 +59,10 @@ class HardAttention(OuterAttention):
     :meth:`~visattn.attention.memory.hard.HardWeights.entropy` of what :meth:`attend` returns. A task that draws by
     itself, from a proposal, gives the regions to :meth:`attend`.
 
-    Differs from the released code, which lets no gradient through :math:`a` either where it is read in training.
+    Differs from the released code, which lets no gradient through :math:`a` either where it is read in training. What
+    an attention that remembers its looks, such as :class:`~visattn.attention.CoverageAttention`,
+    :class:`~visattn.attention.LocationSensitiveAttention` or :class:`~visattn.attention.ImpatientReader`, takes from
+    one look into the next is made of its own weights :math:`\bar a`, not of the region :math:`s` that was drawn.
 
     Args:
         query: Features of a query.
@@ -161,10 +171,12 @@ def _one(probabilities: Float[Tensor, "*b l"], choice: Int[Tensor, "*b"]) -> Flo
 
 
 def _expected_log(
-    weights: Float[Tensor, "*b l"], probabilities: Float[Tensor, "*b l"], mask: Bool[Tensor, "*b"] | None
-) -> Float[Tensor, "*b"]:
-    """The mean logarithm of probabilities, in at least float32."""
+    weights: Float[Tensor, "*looks l"], probabilities: Float[Tensor, "*looks l"], mask: Bool[Tensor, "*b"] | None
+) -> Float[Tensor, "..."]:
+    """The mean logarithm of probabilities, in at least float32, summed over axes that a mask does not have."""
     probabilities = wide(probabilities)
     logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     found = (wide(weights) * logs).sum(-1)
-    return found if mask is None else found * mask
+    if mask is None:
+        return found
+    return (found.flatten(mask.ndim).sum(-1) if found.ndim > mask.ndim else found) * mask

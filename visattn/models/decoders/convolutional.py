@@ -142,7 +142,11 @@ class ConvolutionalDecoder(LayeredDecoder):
         return State(words, [past] * len(prepared.regions))
 
     def turn(
-        self, vectors: Float[Tensor, "b r t e"], prepared: Told, state: State
+        self,
+        vectors: Float[Tensor, "b r t e"],
+        prepared: Told,
+        state: State,
+        choice: Int[Tensor, "b r t *looks"] | None = None,
     ) -> tuple[Float[Tensor, "b r t e"], Any, State]:
         shape = vectors.shape[:3]
         if self.placed:
@@ -157,7 +161,8 @@ class ConvolutionalDecoder(LayeredDecoder):
         for n, (attention, regions, past) in enumerate(zip(self._looks(), prepared.regions, state.inputs, strict=True)):
             windows, after = recent(self.dropout(x), past, self.kernel_size)
             found = F.glu(self.filters[n](windows), 3)
-            read, where = self.look(n, attention, HALF * (vectors + self.asks[n](found)), regions)
+            asked = HALF * (vectors + self.asks[n](found))
+            read, where = self.look(n, attention, asked, regions, choice)
             x = HALF * (x + HALF * (found + self.reads[n](read * prepared.scale)))
             inputs.append(after)
             maps.append(where)

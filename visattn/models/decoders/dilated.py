@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from visattn.attention.memory.core import MemoryAttention, Prepared, fits
@@ -141,7 +141,11 @@ class DilatedDecoder(LayeredDecoder):
         return [images.new_zeros(images.shape[0], count, *size) for size in sizes]
 
     def turn(
-        self, vectors: Float[Tensor, "b r t e"], prepared: Told, state: State
+        self,
+        vectors: Float[Tensor, "b r t e"],
+        prepared: Told,
+        state: State,
+        choice: Int[Tensor, "b r t *looks"] | None = None,
     ) -> tuple[Float[Tensor, "b r t e"], Any, State]:
         x, total = vectors, torch.zeros_like(vectors)
         maps, after = [], []
@@ -153,7 +157,7 @@ class DilatedDecoder(LayeredDecoder):
                 found = found + mean
             where = None
             if regions is not None:
-                read, where = self.look(n, layer.attention, x, regions)
+                read, where = self.look(n, layer.attention, x, regions, choice)
                 found = found + layer.read(read)
             x, total = layer.leave(x, total, found)
             after.append(inputs)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from visattn.attention.memory.core import MemoryAttention, Prepared
@@ -79,11 +79,15 @@ class FeedForwardDecoder(LayeredDecoder):
         return self.words.begin(prepared.values.shape[0], count, self.context - 1)
 
     def turn(
-        self, vectors: Float[Tensor, "b r t e"], prepared: Prepared, state: Float[Tensor, "b r p e"]
+        self,
+        vectors: Float[Tensor, "b r t e"],
+        prepared: Prepared,
+        state: Float[Tensor, "b r p e"],
+        choice: Int[Tensor, "b r t *looks"] | None = None,
     ) -> tuple[Float[Tensor, "b r t d"], Any, Float[Tensor, "b r p e"]]:
         windows, after = recent(vectors, state, self.context)
         known, asks = (each.flatten(3) for each in windows.unflatten(3, (self.context, 2, -1)).unbind(4))
-        read, maps = self.look(0, self.attention, asks, prepared)
+        read, maps = self.look(0, self.attention, asks, prepared, choice)
         features = self.dropout(torch.cat((self.hidden(known).tanh(), read), 3))
         return features, self.seen([maps]), after
 

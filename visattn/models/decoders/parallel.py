@@ -49,6 +49,8 @@ class ParallelDecoder(Decoder):
 class LayeredDecoder(ParallelDecoder):
     """A parallel decoder that looks in each of its layers.
 
+    Attention that picks is taught by its picks: while it learns, all layers say where they looked.
+
     Args:
         vocabulary: How many words there are.
         memory: Features of the regions.
@@ -66,24 +68,74 @@ class LayeredDecoder(ParallelDecoder):
             raise ValueError(f"maps must be {' or '.join(get_args(Maps))}, got {maps!r}")
         if placed and memory % 4:
             raise ValueError(f"memory must be divisible by 4 to be told its places, got {memory}")
-        self.holds, self.placed, self.maps = memory, placed, maps
+        self.holds, self.placed, self.depth, self.maps = memory, placed, depth, maps
         self.watched = range(depth) if maps == "all" else range(depth - 1, depth)
 
+    def forward(
+        self,
+        prepared: Any,
+        words: Int[Tensor, "b r t"],
+        lengths: Int[Tensor, "b r"] | None = None,
+        choice: Int[Tensor, "b r s *looks"] | None = None,
+    ) -> Said:
+        """Take all steps, with the words known that are said before each step but the first.
+
+        Args:
+            prepared: What :meth:`prepare` returned.
+            words: What is said; of t words come t + 1 steps.
+            lengths: How many steps of each sentence count. All are taken.
+            choice: The regions to read from in each step, for attention that picks, with the axes of its maps while it
+                learns; None: those that it draws.
+        """
+        features, maps, _ = self.turn(self.words(words), prepared, self.begin(prepared, words.shape[1]), choice)
+        return Said(features, maps)
+
+    def turn(
+        self,
+        vectors: Float[Tensor, "b r t e"],
+        prepared: Any,
+        state: Any,
+        choice: Int[Tensor, "b r t *looks"] | None = None,
+    ) -> tuple[Tensor, Any, Any]:
+        """Take as many steps as there are words, as said of :class:`ParallelDecoder`.
+
+        Args:
+            vectors: The words, or what stands before the first.
+            prepared: What :meth:`prepare` returned.
+            state: What :meth:`begin` or the steps before returned.
+            choice: As of :meth:`forward`.
+        """
+        raise NotImplementedError
+
     def look(
-        self, layer: int, attention: MemoryAttention, query: Float[Tensor, "b r t q"], prepared: Prepared
+        self,
+        layer: int,
+        attention: MemoryAttention,
+        query: Float[Tensor, "b r t q"],
+        prepared: Prepared,
+        choice: Int[Tensor, "b r t *looks"] | None = None,
     ) -> tuple[Float[Tensor, "b r t e"], Any]:
-        """Return what all steps of all sentences read, and where they look, if this layer is to say so."""
-        asked = query.flatten(1, 2)
-        if layer in self.watched:
-            weights, _ = attention.attend(asked, prepared)
+        """Return what all steps of all sentences read, and where they look, if this layer is to say so.
+
+        Raises:
+            ValueError: If there is a choice for attention that does not pick.
+        """
+        asked, options = query.flatten(1, 2), {}
+        if choice is not None:
+            if not attention.hard:
+                raise ValueError(f"choice must be None for {type(attention).__name__}, which does not pick")
+            each = choice[:, :, :, layer] if self.maps == "all" or self.depth > 1 else choice
+            options = {"choice": each.flatten(1, 2)}
+        if layer in self.watched or (attention.hard and attention.training):
+            weights, _ = attention.attend(asked, prepared, **options)
             read = attention.read(asked, prepared, weights=weights)
         else:
             (read, _), weights = attention(asked, prepared), None
         return over(lambda each: each.unflatten(1, query.shape[1:3]), (read, weights))
 
     def seen(self, maps: list[Any]) -> Any:
-        """Return the maps of the last layer, or of all side by side."""
-        if self.maps == "last":
+        """Return the maps of the last layer, or of all that are to say where they looked, side by side."""
+        if self.maps == "last" and (self.depth == 1 or maps[0] is None):
             return maps[-1]
         return tree_map(lambda *each: torch.stack(each, 3), *maps)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from visattn.attention.memory.core import MemoryAttention, Prepared
@@ -111,7 +111,11 @@ class TransformerDecoder(LayeredDecoder):
         return [(nothing, nothing)] * len(prepared)
 
     def turn(
-        self, vectors: Float[Tensor, "b r t e"], prepared: list[Prepared], state: list[Cache]
+        self,
+        vectors: Float[Tensor, "b r t e"],
+        prepared: list[Prepared],
+        state: list[Cache],
+        choice: Int[Tensor, "b r t *looks"] | None = None,
     ) -> tuple[Float[Tensor, "b r t e"], Any, list[Cache]]:
         width = vectors.shape[3]
         places = row(vectors, state[0][0].shape[2], vectors.shape[2])
@@ -119,7 +123,7 @@ class TransformerDecoder(LayeredDecoder):
         after, maps = [], []
         for n, (layer, regions, past) in enumerate(zip(self._each(), prepared, state, strict=True)):
             x, cache = layer.remember(x, past)
-            read, where = self.look(n, layer.attention, layer.before(1, x), regions)
+            read, where = self.look(n, layer.attention, layer.before(1, x), regions, choice)
             x = layer.think(layer.behind(1, x, layer.join(read)))
             after.append(cache)
             maps.append(where)
