@@ -129,7 +129,7 @@ def looking(decoder: Decoder) -> dict[str, MemoryAttention]:
     found: dict[str, MemoryAttention] = {}
     for name, module in decoder.named_modules():
         within = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, MemoryAttention) and not (within or getattr(module, "causal", False)):
+        if isinstance(module, MemoryAttention) and not (within or module.causal):
             found[name] = module
     return found
 

@@ -66,7 +66,7 @@ class Decoder(Built):
             raise ValueError(f"{own} asks with {asks} features, {other} wants to be asked with {attention.asks}")
         if reads is not None and attention.features != reads:
             raise ValueError(f"{own} wants to read {reads} features, {other} reads {attention.features}")
-        if getattr(attention, "causal", False):
+        if attention.causal:
             raise ValueError(f"{own} lets every word look at all regions, {other} is causal")
         if self.parallel and attention.stateful:
             raise ValueError(f"{own} looks for all steps at once, {other} looks by what it saw before")
