@@ -17,7 +17,13 @@ from visattn.attention import CBAM, AdditiveAttention, Attention, NonLocal, Sque
 from visattn.checkpoint import CheckpointError, describe, load, save
 from visattn.data.transforms import Preprocess
 from visattn.data.vocabulary import Words
-from visattn.models import Captioner, QuestionAnswerer
+from visattn.models import (
+    AttentionBranchNetwork,
+    Captioner,
+    LearnToPayAttention,
+    QuestionAnswerer,
+    RecurrentPoolNetwork,
+)
 from visattn.models.decoders import ShowAttendAndTell
 from visattn.surgery import Site, attach, insert, insertions, remove
 
@@ -287,6 +293,20 @@ def test_only_a_backbone_as_timm_has_it_is_left_out(model, tmp_path):
     visattn.insert(captioner.backbone, visattn.SimAM)
     with pytest.raises(CheckpointError, match="backbone must be true, but for a network that has one"):
         visattn.save(captioner, tmp_path / "mine", backbone=False)
+    branch = AttentionBranchNetwork("test_resnet", num_classes=7)
+    with pytest.raises(CheckpointError, match="backbone must be true where its classifier is new, of 7 classes"):
+        visattn.save(branch, tmp_path / "mine", backbone=False)
+
+
+@pytest.mark.parametrize("network", [AttentionBranchNetwork, LearnToPayAttention, RecurrentPoolNetwork])
+def test_a_classifier_finds_what_it_has_of_the_backbone_it_names(tmp_path, network):
+    visattn.save(timm.create_model("test_resnet"), tmp_path / "trained")
+    trained = f"local-dir:{tmp_path / 'trained'}"
+    options = {} if network is AttentionBranchNetwork else {"num_classes": 3}
+    model = network(trained, pretrained=True, **options).eval()
+    small = visattn.save(model, tmp_path / "small", backbone=False)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(visattn.load(small, backbone=trained)(images), model(images))
 
 
 def test_a_part_that_nobody_can_make_again_is_refused(tmp_path):

@@ -125,9 +125,11 @@ def save(
     state, ours = _separate(model.state_dict()), _ours(model)
     if not backbone:
         part: Any = getattr(model, "backbone", None)
-        if block["model"] is None or not hasattr(part, "pretrained_cfg") or insertions(part):
+        cfg = getattr(part, "pretrained_cfg", None)
+        if block["model"] is None or cfg is None or insertions(part):
             raise CheckpointError("backbone must be true, but for a network that has one of timm as it was trained")
-        cfg = part.pretrained_cfg
+        if (count := part.num_classes) not in (0, cfg["num_classes"]):
+            raise CheckpointError(f"backbone must be true where its classifier is new, of {count} classes")
         tagged = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else cfg["architecture"]
         block["backbone"] = {"name": tagged, "digest": digest(part.state_dict())}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
@@ -433,7 +435,7 @@ def load(
         with torch.random.fork_rng(devices=[]):
             model = _build(config, classes) if into is None else _receiving(into, config)
             about = _about(config["visattn"], _words(model))
-            state |= _backbone(config, backbone, into)
+            state |= _backbone(config, backbone, model, built=into is None)
             _restore(model, config, state, classes, cast=into is None)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
@@ -572,7 +574,7 @@ def _restore(
     model.load_state_dict(state, strict=not only)
 
 
-def _backbone(config: dict[str, Any], name: str | None, into: nn.Module | None) -> dict[str, Tensor]:
+def _backbone(config: dict[str, Any], name: str | None, model: nn.Module, *, built: bool) -> dict[str, Tensor]:
     """The weights of a backbone that a checkpoint only names, by their names in the model."""
     block = config["visattn"]
     known = block.get("backbone")
@@ -580,19 +582,22 @@ def _backbone(config: dict[str, Any], name: str | None, into: nn.Module | None) 
         if name is not None:
             raise CheckpointError(f"it has the weights of its backbone itself: backbone must be left out, got {name!r}")
         return {}
-    if into is not None and name is None:
-        own = {key: t for key, t in into.state_dict().items() if key.startswith("backbone.")}
+    if not built and name is None:
+        own = {key: t for key, t in model.state_dict().items() if key.startswith("backbone.")}
         if digest({key.removeprefix("backbone."): t for key, t in own.items()}) != known["digest"]:
             raise CheckpointError(f"into must have {known['name']} as it was trained with it, its backbone is another")
         return own
-    options = {"num_classes": 0} | (block["model"]["arguments"].get("backbone_args") or {})
+    part: Any = getattr(model, "backbone", None)
+    options = dict(block["model"]["arguments"].get("backbone_args") or {}, num_classes=getattr(part, "num_classes", 0))
     try:
-        state = timm.create_model(name or known["name"], pretrained=True, **options).state_dict()
+        trained = timm.create_model(name or known["name"], pretrained=True, **options).state_dict()
     except Exception as error:  # whatever a hub, a folder or timm itself says
         raise CheckpointError(
             f"it does not hold the weights of its backbone, {known['name']}, and these cannot be had ({_line(error)}): "
             'give where they are, load(…, backbone="local-dir:FOLDER")'
         ) from error
+    names = set(trained if part is None else part.state_dict())  # a network may take a part of it
+    state = {key: tensor for key, tensor in trained.items() if key in names}
     if digest(state) != known["digest"]:
         raise CheckpointError(f"backbone must be {known['name']} as it was trained with it, got other weights")
     return {f"backbone.{key}": tensor for key, tensor in state.items()}

@@ -13,7 +13,13 @@ from visattn.__main__ import main
 from visattn.commands import predict
 from visattn.data.sources import open_source
 from visattn.data.transforms import Preprocess
-from visattn.models import DeepRecurrentAttention, DifferentiableGlimpseClassifier, DigitClassifier, RecurrentAttention
+from visattn.models import (
+    DeepRecurrentAttention,
+    DifferentiableGlimpseClassifier,
+    DigitClassifier,
+    LearnToPayAttention,
+    RecurrentAttention,
+)
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 SIZE = (3, 64, 96)
@@ -46,7 +52,7 @@ class Brightness(visattn.attention.base.Attention):
 @pytest.fixture
 def model(monkeypatch):
     model = Colours().eval()
-    monkeypatch.setattr(predict, "load", lambda path, device: model.to(device))
+    monkeypatch.setattr(predict, "load", lambda path, backbone, device: model.to(device))
     return model
 
 
@@ -273,3 +279,16 @@ def test_the_overview_says_how_far_the_gates_have_opened():
     for value, inserted in zip((0.25, -0.5), visattn.insertions(model), strict=True):
         torch.nn.init.constant_(inserted.gate, value)
     assert predict.gates(model) == "   gates -0.50 to 0.25"
+
+
+def test_a_network_is_told_where_the_backbone_is_that_it_names(capsys, folder, tmp_path):
+    visattn.save(timm.create_model("test_resnet"), tmp_path / "encoder")
+    encoder = f"local-dir:{tmp_path / 'encoder'}"
+    network = LearnToPayAttention(encoder, num_classes=3, pretrained=True)
+    network.transform = Preprocess((3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
+    small = visattn.save(network, tmp_path / "small", labels=[*COLOURS], backbone=False)
+    whole = visattn.save(network, tmp_path / "whole", labels=[*COLOURS])
+    told = ["--backbone", encoder]
+    assert lines(capsys, folder, *told, checkpoint=small) == lines(capsys, folder, checkpoint=whole)
+    assert main(["predict", str(small), str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {small}: it does not hold the weights of its backbone")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visattn.checkpoint import load
 from visattn.commands import show
-from visattn.commands.predict import batches, denormalised, find, positive
+from visattn.commands.predict import add_backbone, batches, denormalised, find, positive
 from visattn.models.captioner import Captioner
 
 
@@ -38,14 +38,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images at once (default: 16)")
-
-
-def add_backbone(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="where the weights of the backbone are, such as local-dir:FOLDER, for a checkpoint that only names them",
-    )
 
 
 def run(args: Namespace) -> int:

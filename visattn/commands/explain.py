@@ -16,8 +16,8 @@ from torch import Tensor
 
 from visattn.checkpoint import description, load
 from visattn.commands import show
-from visattn.commands.caption import add_backbone, complete
-from visattn.commands.predict import batches, denormalised, find, positive, probabilities
+from visattn.commands.caption import complete
+from visattn.commands.predict import add_backbone, batches, denormalised, find, positive, probabilities
 from visattn.data.transforms import as_seen
 from visattn.explain import (
     FUNCTION,

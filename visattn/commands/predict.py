@@ -49,11 +49,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar=("ROW", "COLUMN"),
         help="pixel of the model's view whose reading is drawn where every position reads others (default: the centre)",
     )
+    add_backbone(parser)
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write file, rank, label and probability to a table")
     parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
     parser.add_argument(
         "--batch", type=positive, default=16, metavar="N", help="images at once; with --maps one (default: 16)"
+    )
+
+
+def add_backbone(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="where the weights of the backbone are, such as local-dir:FOLDER, for a checkpoint that only names them",
     )
 
 
@@ -112,7 +121,7 @@ def run(args: Namespace) -> int:
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
         raise ValueError(f"images must have names of their own for maps, {twice} is there several times")
     paths = list(names)
-    model: Any = load(args.checkpoint, device=args.device)
+    model: Any = load(args.checkpoint, backbone=args.backbone, device=args.device)
     if model.task == "verification":
         raise ValueError(f"checkpoint must be of a classifier, {args.checkpoint} compares two images")
     if model.transform is None:
