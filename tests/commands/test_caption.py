@@ -77,6 +77,24 @@ def test_bad_input_is_one_line(capsys, folder, tmp_path):
         assert main(["caption", str(tmp_path / name), str(folder)]) == 2
         assert capsys.readouterr().err == message
     saved(tmp_path / "mine", MultiHeadAttention)
+    (folder / "more").mkdir()
+    Image.new("RGB", (96, 64)).save(folder / "more" / "b.png")
+    several = [str(folder / name) for name in ("b.png", "more/b.png")]
+    for options, message in (
+        (
+            [*several, "--maps", str(tmp_path)],
+            "images must have names of their own for maps, b.png is there several times",
+        ),
+        ([several[0], "--alpha", "nan"], "alpha must be finite, got nan"),
+    ):
+        assert main(["caption", str(tmp_path / "mine"), *options]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    model = visattn.load(tmp_path / "mine")
+    torch.nn.init.constant_(next(model.decoder.parameters()), torch.nan)
+    visattn.save(model, tmp_path / "lost")
+    assert main(["caption", str(tmp_path / "lost"), several[0], "--json"]) == 2
+    assert capsys.readouterr().err == "error: checkpoint says sentences whose log-probability is NaN or infinite\n"
+    (folder / "more" / "b.png").unlink()
     assert main(["caption", str(tmp_path / "mine"), str(folder), "--json"]) == 1
     found = capsys.readouterr()
     assert len(found.out.splitlines()) == 2

@@ -1,6 +1,8 @@
 import gzip
 import json
 import pickle
+import threading
+import time
 import warnings
 import zipfile
 from collections import Counter
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from visattn.data.captions import CaptionBatch, Captions, Encoded, read
+from visattn.data.features import wait
 from visattn.data.sources import DataError
 from visattn.data.transforms import Augment, Preprocess
 from visattn.data.vocabulary import Vocabulary, Words
@@ -661,3 +664,98 @@ def test_arrays_of_words_give_each_caption_again():
     words = Encoded(images, end=0)
     assert [[caption.tolist() for caption in words[k]] for k in range(3)] == images
     assert words.lengths.tolist() == [2.5, 1, 8 / 3]
+
+
+def test_what_makes_maps_is_asked_for_them_once_and_by_batches_of_them_alone(tmp_path, file, photos):
+    data = made(file, photos, cache=str(tmp_path / "maps"))
+    asked = []
+
+    def make():
+        asked.append(True)
+        data.fill(look, encoder="mean")
+
+    data.wanted = make
+    next(iter(data.predict_dataloader()))
+    assert not asked
+    assert next(iter(data.val_dataloader())).images[:, 0, 0, 0].round().tolist() == [3, 13]
+    data.train_dataloader()
+    assert asked == [True]
+
+
+def test_a_process_waits_for_maps_as_long_as_some_come(tmp_path, file, photos):
+    data = made(file, photos, cache=str(tmp_path / "maps"))
+
+    def slowly(images):
+        time.sleep(0.15)
+        return look(images)
+
+    maker = threading.Thread(target=data.fill, args=(slowly,), kwargs={"encoder": "mean"})
+    maker.start()
+    start = time.monotonic()
+    wait(tmp_path / "maps", patience=30.0)
+    assert json.loads((tmp_path / "maps/features.json").read_text())["done"] == 20
+    maker.join()
+    wait(tmp_path / "maps", patience=30.0)
+    assert time.monotonic() - start < 20
+    wait(tmp_path / "none", patience=0.2)  # nobody makes any
+
+
+def test_an_image_that_is_missing_does_not_lend_its_captions_to_one_of_its_name(tmp_path):
+    for name in ("cats/1.png", "cats/2.png", "dogs/3.png"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "p" / name)
+    rows = "cats/1.png,a cat,train\ndogs/1.png,a dog,train\ndogs/3.png,a dog,train\n"
+    (tmp_path / "x.csv").write_text(f"image,caption,split\n{rows}2.png,a cat,val\n")
+    with pytest.warns(UserWarning, match=r"images that are not in .*/p \(1, such as 'dogs/1.png'\)"):
+        data = made(str(tmp_path / "x.csv"), tmp_path / "p")
+    assert sorted(caption for several in data.splits["train"].captions for caption in several) == ["a cat", "a dog"]
+    assert data.splits["val"].captions[0] == ["a cat"]
+    (tmp_path / "y.csv").write_text(f"image,caption,split\n{rows}old/2.png,a cat,val\nnew/2.png,a dog,val\n")
+    with pytest.raises(DataError, match=r"y.csv has 'old/2.png' and 'new/2.png', which cats/2.png may be"):
+        made(str(tmp_path / "y.csv"), tmp_path / "p")
+
+
+def test_lists_tell_images_of_one_name_apart_by_their_folders(tmp_path):
+    rows = ["image,caption"]
+    for name in ("a/1.png", "b/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "p" / name)
+        rows.append(f"{name},an image {name[0]}")
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    for name, lines in {"train": "a/1.png\n2\n", "val": "b/1\n", "twice": "old/2.png\n"}.items():
+        (tmp_path / f"{name}.txt").write_text(lines)
+    lists = {name: str(tmp_path / f"{name}.txt") for name in ("train", "val")}
+    with pytest.warns(UserWarning, match=r"images of no split \(1, such as 'b/3.png'\)"):
+        data = made(str(tmp_path / "x.csv"), tmp_path / "p", splits=lists)
+    assert {name: [data.place.path(int(k)) for k in split.positions] for name, split in data.splits.items()} == {
+        "train": ["a/1.png", "a/2.png"],
+        "val": ["b/1.png"],
+    }
+    with pytest.raises(DataError, match=r"splits: 'old/2.png' is in val and in train"):
+        made(str(tmp_path / "x.csv"), tmp_path / "p", splits=lists | {"val": str(tmp_path / "twice.txt")})
+
+
+def test_references_are_whole_where_captions_that_are_read_are_cut(tmp_path, photos):
+    told = {k: ["a cat lies on a mat in front of the door"] for k in range(20)}
+    with pytest.warns(UserWarning, match="what follows 5 words of a caption"):
+        data = made(table(tmp_path / "long.csv", told), photos, longest=5, captions_per_image=1)
+    assert next(iter(data.train_dataloader())).words.shape[2] == 5
+    assert data.references("train")[0] == [data.vocabulary.encode("a cat lies on a mat in front of the door")]
+
+
+def test_names_and_splits_that_are_no_texts_are_named(tmp_path, photos):
+    images = [karpathy(k) | ({"split": 1} if k == 0 else {}) for k in range(20)]
+    (tmp_path / "x.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(DataError, match=r"image 0 must have texts as name and split, got 'photos/00.png' and 1"):
+        made(str(tmp_path / "x.json"), photos)
+    told = coco([0, 1])
+    told["images"][1]["file_name"] = None
+    (tmp_path / "y.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match=r"image 1 must have texts as name and split, got None and None"):
+        made(str(tmp_path / "y.json"), photos)
+
+
+def test_lines_may_end_as_on_old_machines(file, photos):
+    text = Path(file).read_text()
+    Path(file).write_bytes(text.replace("\n", "\r").encode())
+    assert len(made(file, photos).splits["train"]) == 16

@@ -299,7 +299,7 @@ def test_refuses_options_out_of_range(kind, options, message):
     ("kind", "options", "message"),
     [
         (DescribedCanvas, {"size": 80}, r"size must be at least \(84, 84\) for 3 × 3 digits, got 80"),
-        (DescribedCanvas, {"more": (4, 10)}, "digits must be at most 9, one for each cell, got 10"),
+        (DescribedCanvas, {"more": (4, 10)}, "more must be at most 9, one for each cell, got 10"),
         (
             QuestionedCanvas,
             {"size": 128, "cells": (4, 4), "digits": (2, 11)},

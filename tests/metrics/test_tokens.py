@@ -1,5 +1,6 @@
 import gzip
 import json
+import unicodedata
 
 import pytest
 
@@ -44,3 +45,16 @@ def test_leaves_alone_what_it_has_cut(shared):
         assert tokenise(" ".join(words)) == words
     plain = [caption["tokens"] for caption in captions if "cannot" not in caption["tokens"]]
     assert [tokenise(" ".join(words)) for words in plain] == plain
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("एक कुत्ता दौड़ रहा है।", ["एक", "कुत्ता", "दौड़", "रहा", "है"]),
+        ("cafe\u0301 noir", ["caf\u00e9", "noir"]),
+        ("¿dónde está?", ["dónde", "está"]),
+        ("كَلْبٌ يَجْرِي، هنا", ["كَلْبٌ", "يَجْرِي", "هنا"]),
+    ],
+)
+def test_words_of_other_scripts_keep_their_marks_and_lose_their_punctuation(caption, words):
+    assert tokenise(caption) == [unicodedata.normalize("NFC", word) for word in words]

@@ -37,6 +37,7 @@ from visattn.models.decoders import (
 )
 from visattn.tasks import Captioning
 from visattn.tasks.captioning import Heard
+from visattn.tasks.command_line import run_cli
 from visattn.tasks.run import Predictions
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
@@ -765,6 +766,50 @@ def test_a_cache_is_for_a_backbone_that_stays(fit, data, tmp_path):
         ValueError, match="cache must be left out where the backbone, or what is inserted in it, learns"
     ):
         fit(Captioning(**LITTLE | {"freeze_backbone": False}), of=data(cache=str(tmp_path / "cache")))
+
+
+def test_maps_are_made_of_the_backbone_that_a_checkpoint_has(fit, data, trainer, tmp_path):
+    fit(Captioning(**LITTLE, freeze_backbone=False), max_epochs=1)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    found = []
+    for options in ({}, {"cache": str(tmp_path / "cache")}):
+        of = data(**options)
+        task = Captioning(**LITTLE)
+        found.append(trainer().test(task, datamodule=of, ckpt_path=last))
+    assert found[0] == found[1]
+    plain = data()
+    plain.setup()
+    images, maps = (next(iter(each.val_dataloader())).images for each in (plain, of))
+    with torch.no_grad():
+        torch.testing.assert_close(maps, task.model.features(images), rtol=1e-3, atol=1e-3)
+
+
+def test_maps_of_a_backbone_of_other_options_are_refused(fit, data, tmp_path):
+    cache = str(tmp_path / "cache")
+    torch.manual_seed(0)
+    fit(Captioning(**LITTLE), of=data(cache=cache), max_steps=1)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"holds other maps, .*: backbone_args is None, not {'output_stride': 8}"):
+        fit(Captioning(**LITTLE | FINE), of=data(cache=cache), max_steps=1)
+
+
+def test_a_start_without_words_is_refused(fit, data, tmp_path):
+    found = fit(Captioning(**LITTLE), max_steps=1).lightning_module
+    visattn.save(found.model, tmp_path / "wordless", transform=found.preprocess, task="captioning")
+    with pytest.raises(ValueError, match=r"start must say which words it has, .*wordless does not"):
+        fit(Captioning(**LITTLE, start=str(tmp_path / "wordless")), max_steps=1)
+
+
+def test_a_test_reads_other_data_by_the_words_of_the_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = "--task Captioning --model.backbone resnet10t --model.width 16 --data.size 32 --data.min_count 1"
+    options += f" --data.images {photos} --data.batch_size 4 --data.workers 0 --trainer.accelerator cpu"
+    options += " --trainer.enable_progress_bar false --trainer.max_epochs 1 --trainer.default_root_dir runs"
+    run_cli(["fit", "--data.captions", "captions.csv", *options.split(), "--trainer.limit_val_batches", "0"])
+    rows = [f"{k}.png,a strange {list(COLOURS)[k % 4]} box,test" for k in range(4)]
+    (tmp_path / "others.csv").write_text("\n".join(["image,caption,split", *rows]))
+    run_cli(["test", "--data.captions", "others.csv", *options.split(), "--ckpt_path", "last"])
+    assert "test/cider_d" in capsys.readouterr().out
 
 
 def test_needs_to_be_told_the_words():

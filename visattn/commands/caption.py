@@ -1,6 +1,7 @@
 """Say in a sentence what images show, and draw where each word was read."""
 
 import json
+import math
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from visattn.checkpoint import load
 from visattn.commands import show
-from visattn.commands.predict import add_backbone, batches, denormalised, find, positive
+from visattn.commands.predict import add_backbone, batches, denormalised, find, positive, unlike
 from visattn.models.captioner import Captioner
 
 
@@ -41,7 +42,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    if not math.isfinite(args.alpha):
+        raise ValueError(f"alpha must be finite, got {args.alpha}")
     names = find(args.images)
+    if args.maps:
+        unlike(names)
     model: Any = load(args.checkpoint, backbone=args.backbone, device=args.device)
     if not issubclass(type(model), Captioner):
         raise ValueError(f"checkpoint must be of a captioner, {args.checkpoint} is of {type(model).__name__}")
@@ -53,6 +58,8 @@ def run(args: Namespace) -> int:
             size = (features.shape[2], features.shape[3])
             options = {"width": args.beam, "longest": args.longest, "alpha": args.alpha}
             found = model.say(model.ready(features), **options)
+            if not found.scores[:, 0].isfinite().all():
+                raise ValueError("checkpoint says sentences whose log-probability is NaN or infinite")
             for k, file in enumerate(files):
                 said = [
                     {"caption": model.vocabulary.decode(words.tolist()), "log_probability": log_prob.item()}

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -82,6 +83,12 @@ def find(paths: list[Path]) -> dict[Path, str]:
     return found
 
 
+def unlike(names: dict[Path, str]) -> None:
+    """Refuse images that would be drawn into the same file."""
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise ValueError(f"images must have names of their own for maps, {twice[0]} is there several times")
+
+
 def batches(
     paths: list[Path], transform: Preprocess, size: int, skipped: list[Path]
 ) -> Iterator[tuple[list[Path], Tensor]]:
@@ -117,9 +124,8 @@ def run(args: Namespace) -> int:
     if args.film and not args.maps:
         raise ValueError("film must be left out without maps, which says where to")
     names = find(args.images)
-    if args.maps and len(set(names.values())) < len(names):
-        twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
-        raise ValueError(f"images must have names of their own for maps, {twice} is there several times")
+    if args.maps:
+        unlike(names)
     paths = list(names)
     model: Any = load(args.checkpoint, backbone=args.backbone, device=args.device)
     if model.task == "verification":

@@ -101,6 +101,8 @@ def read(path: str, tokens: Tokens) -> list[Photo]:
         found = from_table(path, text)
     photos: dict[str, Photo] = {}
     for where, photo in found:
+        if not isinstance(photo.name, str) or not isinstance(photo.split, str | None):
+            raise DataError(f"{where} must have texts as name and split, got {photo.name!r} and {photo.split!r}")
         split = None if photo.split is None else KNOWN.get(photo.split.strip().lower())
         if split is None and photo.split is not None:
             raise DataError(f"{where} has split {photo.split!r}, none of train, val, test and restval")
@@ -114,6 +116,11 @@ def read(path: str, tokens: Tokens) -> list[Photo]:
     return list(photos.values())
 
 
+def normal(name: str) -> str:
+    """Return the path of an image as folders and archives write it."""
+    return posixpath.normpath(name.replace("\\", "/"))
+
+
 def text_of(path: str) -> str:
     """Return what is in a text file, which may be compressed with gzip."""
     file = Path(path).expanduser()
@@ -121,7 +128,7 @@ def text_of(path: str) -> str:
         raise DataError(f"captions must be a file, {path!r} {'is a folder' if file.exists() else 'does not exist'}")
     try:
         with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as stream:
-            return stream.read().decode("utf-8-sig")
+            return stream.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not in UTF-8: {error}") from error
     except DAMAGE as error:
@@ -395,8 +402,8 @@ class Captions(Images):
     long they are. Evaluation gives :class:`ReferenceBatch`: images, their captions as text, and their names. For
     prediction, batches are (images, names).
 
-    With ``cache``, :meth:`fill` is to be called before the first batch; batches then have the maps of a frozen encoder
-    in place of the images.
+    With ``cache``, :meth:`fill` is to be called before the first batch, by oneself or by what ``wanted`` is set to;
+    batches then have the maps of a frozen encoder in place of the images.
 
     Args:
         captions: A file of captions; or a file for each split: ``train``, ``val``, ``test``.
@@ -454,6 +461,8 @@ class Captions(Images):
     kind = CaptionSamples
     vocabulary: Vocabulary
     """Numbers for words. May be set before ``setup``, to that of a checkpoint."""
+    wanted: Callable[[], None] | None = None
+    """What is called once before the first batch of maps, to have them made: it calls :meth:`fill`."""
 
     def __init__(
         self,
@@ -578,21 +587,25 @@ class Captions(Images):
         names: dict[str, list[str]] = defaultdict(list)
         for path in images:
             names[posixpath.basename(path)].append(path)
-        listed = self.listed()
+        listed = self.listed(images)
+        told = {given: read(file, self.tokens) for given, file in self.files.items()}
+        exact = {path for several in told.values() for photo in several if (path := normal(photo.name)) in images}
+        meant: dict[str, str] = {}
         photos: dict[int, Photo] = {}
         for given, file in self.files.items():
-            for photo in read(file, self.tokens):
-                path = posixpath.normpath(photo.name.replace("\\", "/"))
-                name = posixpath.basename(path)
-                if path not in images and len(names[name]) > 1:
-                    raise DataError(f"{file} has {photo.name!r}, which {' and '.join(names[name][:2])} may be")
-                path = path if path in images else next(iter(names[name]), "")
-                split = given or photo.split
-                if listed:
-                    split = listed.get(name, listed.get(posixpath.splitext(name)[0], UNLISTED))
-                if not path:
-                    left[f"images that are not in {self.root}"].append(photo.name)
-                    continue
+            for photo in told[given]:
+                path = normal(photo.name)
+                if path not in images:
+                    others = [other for other in names[posixpath.basename(path)] if other not in exact]
+                    if len(others) > 1:
+                        raise DataError(f"{file} has {photo.name!r}, which {' and '.join(others[:2])} may be")
+                    if not others:
+                        left[f"images that are not in {self.root}"].append(photo.name)
+                        continue
+                    (path,) = others
+                    if (other := meant.setdefault(path, photo.name)) != photo.name:
+                        raise DataError(f"{file} has {other!r} and {photo.name!r}, which {path} may be")
+                split = listed.get(path, UNLISTED) if listed else given or photo.split
                 known = photos.setdefault(images[path], Photo(path, [], split))
                 if known.split != split:
                     raise DataError(f"{file} has {photo.name!r} in {split or 'train'}, it was in {known.split} before")
@@ -604,17 +617,25 @@ class Captions(Images):
         left["images without a caption"] += [path for path, position in images.items() if position not in photos]
         return photos
 
-    def listed(self) -> dict[str, str]:
-        """Return the split of each image that is on a list."""
+    def listed(self, images: Iterable[str]) -> dict[str, str]:
+        """Return the split of each image that is on a list: by its path or else by its name, with its ending or not."""
+        paths: dict[str, list[str]] = defaultdict(list)
+        names: dict[str, list[str]] = defaultdict(list)
+        for path in images:
+            for known, called in ((paths, path), (names, posixpath.basename(path))):
+                known[called].append(path)
+                known[posixpath.splitext(called)[0]].append(path)
         listed: dict[str, str] = {}
         for split, file in self.lists.items():
             try:
                 lines = Path(file).expanduser().read_text("utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"splits: {file} cannot be read ({error})") from error
-            for name in filter(None, (posixpath.basename(line.strip()) for line in lines)):
-                if listed.setdefault(name, split) != split:
-                    raise DataError(f"splits: {name!r} is in {split} and in {listed[name]}")
+            for line in filter(None, map(str.strip, lines)):
+                path = normal(line)
+                for each in paths.get(path) or names.get(posixpath.basename(path)) or ():
+                    if listed.setdefault(each, split) != split:
+                        raise DataError(f"splits: {line!r} is in {split} and in {listed[each]}")
         return listed
 
     def spoken(self, photo: Photo, left: dict[str, list[str]]) -> list[str]:
@@ -642,9 +663,9 @@ class Captions(Images):
         return Words.of(chain(*train), min_count=self.min_count, max_words=self.max_words, tokens=self.tokens)
 
     def references(self, called: str) -> list[list[list[int]]]:
-        """Return the numbers of all captions of each image of a split, in the order of its indices."""
+        """Return the numbers of all captions of each image of a split, whole, in the order of its indices."""
         split: Any = super().samples(called).split
-        return [[caption.tolist() for caption in split.words[k]] for k in range(len(split))]
+        return [[self.vocabulary.encode(caption) for caption in several] for several in split.captions]
 
     def fill(self, look: Callable[[Tensor], Tensor], **about: Any) -> None:
         """Have the maps of all images made, or take them from ``cache`` where that was done; batches then have them.
@@ -678,6 +699,9 @@ class Captions(Images):
             self.splits[name] = replace(split, maps=maps, rows=np.searchsorted(positions, split.positions))
 
     def samples(self, *called: str, train: bool = False, names: bool = False) -> Samples:
+        if self.cache and not names and self.wanted:
+            wanted, self.wanted = self.wanted, None
+            wanted()
         samples = super().samples(*called, train=train, names=names)
         if self.cache and not names and isinstance(samples.split, Described) and samples.split.maps is None:
             raise DataError(f"cache={self.cache!r} must be filled before there are batches")

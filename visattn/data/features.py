@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def fill(
     finally:
         note()
     return Features(folder)
+
+
+def wait(folder: str | Path, patience: float = 1800.0) -> None:
+    """Return once all maps are there that another process makes, or none have come for so many seconds.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     wait(folder, patience=0.1)  # nobody makes any
+    """
+    folder, seen, since = Path(folder).expanduser(), -1, time.monotonic()
+    while time.monotonic() - since < patience:
+        notes = noted(folder)
+        done = notes["done"] if notes else 0
+        if notes and done == notes["shape"][0]:
+            return
+        if done != seen:
+            seen, since = done, time.monotonic()
+        time.sleep(min(1.0, patience))
 
 
 def opened(folder: Path, shape: Sequence[int], mode: Any = "r") -> Any:

@@ -38,7 +38,7 @@ def split(caption: str, tokens: Tokens = "plain") -> list[str]:
         >>> split("A T-shirt , red."), split("A t-shirt , red .", "given")
         (['a', 'tshirt', 'red'], ['a', 't-shirt', ',', 'red', '.'])
     """
-    caption = caption.lower()
+    caption = unicodedata.normalize("NFC", caption).lower()
     return (caption.translate(PUNCTUATION) if tokens == "plain" else caption).split()
 
 

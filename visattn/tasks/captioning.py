@@ -22,7 +22,7 @@ from visattn.attention.memory.core import MemoryAttention
 from visattn.attention.memory.hard import HardAttention, HardWeights
 from visattn.data.captions import CaptionBatch, Captions, ReferenceBatch
 from visattn.data.described import DescribedCanvas
-from visattn.data.features import digest
+from visattn.data.features import digest, wait
 from visattn.data.vocabulary import Vocabulary
 from visattn.metrics.cider import CiderD
 from visattn.metrics.evaluation import evaluate
@@ -263,6 +263,8 @@ class Captioning(RegionTask):
         if own is not None and words is not None and words != own:
             difference = unlike(words, own)
             raise ValueError(f"start must have the words of the data, {start} has others: {difference}")
+        if own is not None and words is None:
+            raise ValueError(f"start must say which words it has, {start} does not")
         if known["model"] and (found := self.contradiction(known["model"]["arguments"])):
             name, other, mine = found
             raise ValueError(f"start must have {name} {mine!r} as the model has, {start} has {other!r}")
@@ -275,23 +277,33 @@ class Captioning(RegionTask):
             raise ValueError(f"inserted must be what {start} has inserted, {', '.join(sorted(there))}, got {asked}")
 
     def keep(self, data: Any) -> None:
-        """Have the maps of the frozen backbone made, or read where that was done."""
+        """Have the maps of the frozen backbone made when batches of them are asked for, or read where that was done."""
         if not self.hparams["freeze_backbone"] or self.inserted is not None:
             raise ValueError("cache must be left out where the backbone, or what is inserted in it, learns")
         strategy: Any = self._trainer.strategy  # type: ignore[union-attr]
-        model = self.model.to(strategy.root_device)
-        weights = digest(self.model.backbone.state_dict())
-        about = {"encoder": self.hparams["backbone"], "weights": weights}
 
-        @torch.no_grad()
-        def look(images: Tensor) -> Tensor:
-            return model.features(images.to(strategy.root_device))
+        def make() -> None:
+            model = self.model.to(strategy.root_device)
+            about = {"encoder": self.hparams["backbone"], "weights": digest(model.backbone.state_dict())}
+            if self.hparams["backbone_args"]:
+                about["backbone_args"] = self.hparams["backbone_args"]
 
-        if strategy.is_global_zero:
-            data.fill(look, **about)
-        strategy.barrier()
-        if not strategy.is_global_zero:
-            data.fill(look, **about)
+            @torch.no_grad()
+            def look(images: Tensor) -> Tensor:
+                return model.features(images.to(strategy.root_device))
+
+            if strategy.is_global_zero:
+                data.fill(look, **about)
+            else:
+                wait(data.cache)
+            strategy.barrier()
+            if not strategy.is_global_zero:
+                data.fill(look, **about)
+
+        if strategy.restore_checkpoint_after_setup:
+            make()  # before it is divided, of which one process alone could make none
+        else:
+            data.wanted = make  # once a checkpoint has given its weights
 
     def train(self, mode: bool = True) -> "Captioning":
         super().train(mode)

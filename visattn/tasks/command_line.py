@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from visattn import attention, models, tasks
 from visattn.data.transforms import Preprocess
+from visattn.data.vocabulary import Vocabulary
 from visattn.models.network import Classifier
 from visattn.tasks import Task
 from visattn.tasks.preemption import Preemption
@@ -114,7 +115,7 @@ class CommandLine(LightningCLI):
         given, root = config.pop("ckpt_path", None), Path(config["trainer"]["default_root_dir"])
         again = requeued(root) if given is None and subcommand == "fit" else None
         self.ckpt_path = again or find_checkpoint(given, root)
-        self.since, self.known = resumption(self.ckpt_path) if self.ckpt_path else (None, None)
+        self.since, self.known = resumption(self.ckpt_path) if self.ckpt_path else (None, {})
 
     def instantiate_classes(self) -> None:
         torch.set_float32_matmul_precision(self.config[self.subcommand]["matmul_precision"])
@@ -126,7 +127,12 @@ class CommandLine(LightningCLI):
             self.datamodule.batch_size = share(total, trainer.world_size, trainer.accumulate_grad_batches)
         if self.ckpt_path:  # weights and preprocessing come from there
             self.model.pretrained = False
-            expected = Preprocess(**self.known) if self.known else None
+            made = self.known.get("transform")
+            expected = Preprocess(**made) if made else None
+            words, data = self.known.get("vocabulary"), self.datamodule
+            has_own = hasattr(data, "vocabulary") or getattr(data, "tokenizer", None) is not None
+            if words and self.subcommand != "fit" and not has_own:
+                data.vocabulary = Vocabulary.load(words)  # not those of other data, nor of a part
         elif self.subcommand != "fit" and not self.model.pretrained:
             raise ValueError(f"ckpt_path must be given to {self.subcommand}: best, last or a file")
         else:
@@ -271,14 +277,14 @@ def share(total: int, processes: int, accumulated: int) -> int:
     return total // batches
 
 
-def resumption(checkpoint: Path) -> tuple[int | None, dict[str, Any] | None]:
-    """Return to which step the log of a checkpoint's run goes, and how it prepared images."""
+def resumption(checkpoint: Path) -> tuple[int | None, dict[str, Any]]:
+    """Return to which step the log of a checkpoint's run goes, and what it says of its model."""
     try:
         held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds, and none says which file
         said = " ".join(str(error).split())[:120]
         raise ValueError(f"{checkpoint} is damaged or no checkpoint ({said})") from error
-    return held.get("global_step"), held.get("visattn", {}).get("visattn", {}).get("transform")
+    return held.get("global_step"), held.get("visattn", {}).get("visattn", {})
 
 
 def run_of(checkpoint: Path | None) -> tuple[Path, int] | None:
