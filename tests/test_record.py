@@ -189,3 +189,13 @@ def test_the_weights_of_fused_attention_are_those_it_used(causal):
     used = nn.functional.scaled_dot_product_attention(query, key, value, **options)
     weights = _weights(query, key, value, **options)
     torch.testing.assert_close(weights @ value, used, rtol=0, atol=1e-12)
+
+
+def test_what_several_branches_weigh_is_of_items_and_channels():
+    model = timm.create_model("resnest14d", num_classes=3).eval()
+    with torch.no_grad(), record(model) as maps:
+        model(torch.randn(1, 3, 64, 64))
+    weights = next(iter(maps.values()))
+    assert weights.shape[:2] == (1, 2)
+    assert weights.shape[3:] == (1, 1)
+    torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))

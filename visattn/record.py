@@ -164,7 +164,9 @@ class _Heads(TorchFunctionMode):
                 with torch.no_grad():
                     self.maps[self.stack[-1]] = _weights(*args, **kwargs)
             elif getattr(func, "__name__", "") == "softmax" and output.ndim >= 3:
-                self.maps[self.stack[-1]] = output.detach()
+                weights, dim = output.detach(), kwargs.get("dim", args[1] if len(args) > 1 else None)
+                split = weights.ndim == 4 and dim == 1  # of several items, for each channel
+                self.maps[self.stack[-1]] = weights.flatten(2)[..., None, None] if split else weights
         return output
 
 

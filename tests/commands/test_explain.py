@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import visattn
-from visattn import MultiHeadAttention, SpatialGate
+from visattn import LargeKernelAttention, MultiHeadAttention, SpatialGate
 from visattn.__main__ import main
 from visattn.commands.explain import mean
 from visattn.data.transforms import Preprocess
 from visattn.data.vocabulary import Words
 from visattn.explain import Finding, Prediction, Word
-from visattn.models import Captioner
+from visattn.models import Captioner, QuestionAnswerer
 from visattn.models.decoders import PooledDecoder, ShowAttendAndTell
 
 WORDS = Words(["a", "dog", "cat", "runs"])
@@ -125,6 +125,29 @@ def test_maps_of_two_seeds_are_compared(capsys, classifier, photo):
     assert same["findings"]["seed divergence"]["shuffled"] > 0
 
 
+def test_signed_maps_of_two_seeds_are_compared_by_their_order(capsys, photo, tmp_path):
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=3)
+        visattn.insert(model, LargeKernelAttention, at="stages[:1]", gate=None, input_size=(3, 64, 96))
+        transform = Preprocess((3, 64, 96), mean=(0.5,) * 3, std=(0.2,) * 3)
+        paths.append(str(visattn.save(model, tmp_path / str(seed), labels=LABELS, transform=transform)))
+    (line,) = lines(capsys, paths[0], photo, "--measures", "permutation", "--against", paths[1])
+    (same,) = lines(capsys, paths[0], photo, "--measures", "permutation", "--against", paths[0])
+    assert set(line["findings"]) == {"permutation", "seed agreement"}
+    assert line["findings"]["seed agreement"]["map"] < same["findings"]["seed agreement"]["map"] == pytest.approx(1)
+
+
+def test_names_of_photos_are_no_markup_and_no_formula(capsys, classifier, photo, tmp_path):
+    named = tmp_path / "photos [old]" / "US$5_$ [red].png"
+    named.parent.mkdir()
+    photo.replace(named)
+    assert main(["explain", classifier(), str(named), *FAST, "--save", str(tmp_path / "out")]) == 0
+    assert "[old]/US$5_$ [red].png" in capsys.readouterr().out
+    assert list((tmp_path / "out").rglob("*.png"))
+
+
 def test_every_word_of_a_caption_is_explained_by_regions_of_the_memory(capsys, captioner, photo, tmp_path):
     path = captioner(attention=partial(MultiHeadAttention, heads=2))
     found = lines(capsys, path, photo, *FAST, "--save", tmp_path / "out")
@@ -199,6 +222,20 @@ def test_bad_input_is_one_line(capsys, classifier, captioner, photo, tmp_path):
         ([words, photo, "--target", "horse"], "target must be a word of the caption, "),
         ([captioner(PooledDecoder), photo], "captioner must look at regions, PooledDecoder looks nowhere"),
         ([path, tmp_path / "none.png"], f"images must be files or folders, {tmp_path / 'none.png'} does not exist"),
+    ):
+        assert main(["explain", *map(str, arguments), *FAST]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    model = QuestionAnswerer(6, 3, backbone="test_resnet", hidden=8, embedding=8)
+    known = {"vocabulary": WORDS, "transform": Preprocess((3, 64, 96), mean=(0.5,) * 3, std=(0.2,) * 3)}
+    visattn.save(model, tmp_path / "asked", labels=LABELS, **known, task="question answering")
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (96, 64)).save(tmp_path / "other" / "photo.png")
+    for arguments, message in (
+        ([tmp_path / "asked", photo], "checkpoint must be of a classifier or a captioner, "),
+        (
+            [path, photo, tmp_path / "other", "--save", tmp_path / "out"],
+            "images must have names of their own for maps, ",
+        ),
     ):
         assert main(["explain", *map(str, arguments), *FAST]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import visattn
-from visattn import AttentionPool, GatedMultipleInstancePool, NonLocal, SpatialGate
+from visattn import AttentionPool, GatedMultipleInstancePool, NonLocal, SpatialGate, StandAloneSelfAttention
 from visattn.attention.base import Attention
 from visattn.explain import Prediction, explain, kendall, spatial, uniform
 
@@ -36,6 +36,9 @@ class Speaker(nn.Module):
 
 
 IMAGE = torch.kron(torch.tensor([[4.0, 0.0], [1.0, 0.5]]), torch.ones(8, 8))[None]  # 2 × 2 patches: 4, 0; 1, 0.5
+
+
+IMAGE3 = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 def with_inserted(make, *, at, **options):
@@ -151,6 +154,41 @@ def test_unknown_options_are_refused(unchecked):
         explain(subject, ["truth"])
     with pytest.raises(ValueError, match="by must be pixels or regions, got 'words'"):
         explain(subject, by="words")
+    with pytest.raises(ValueError, match="gradient must be norm or product, got 'sum'"):
+        explain(subject, ["gradient"], gradient="sum")
+
+
+def test_a_model_in_training_mode_is_refused_and_left_as_it_is():
+    model = timm.create_model("resnet10t", num_classes=3, block_args={"attn_layer": "cbam"}).train()
+    before = model.bn1.running_mean.clone()
+    with pytest.raises(ValueError, match="model must be in eval mode to be explained, ResNet is in training mode"):
+        Prediction(model, torch.randn(3, 64, 96))
+    assert torch.equal(model.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_half_precision_put_regions_in_the_same_order(dtype):
+    torch.manual_seed(0)
+    model, image = with_inserted(SpatialGate, at="stages[:2]", input_size=(3, 64, 96)), torch.randn(3, 64, 96)
+    wanted = Prediction(model, image).gradient()
+    subject = Prediction(model.to(dtype), image.to(dtype))
+    found = subject.gradient()
+    assert found.dtype == torch.float32
+    assert kendall(found, wanted) > 0.7
+    assert -1 <= explain(subject, ["gradient"]).findings["gradient"][0] <= 1
+
+
+def test_weights_of_pairs_are_shares_though_what_lies_beyond_the_border_has_some():
+    subject = Prediction(with_inserted(StandAloneSelfAttention, at="stages[2:3]", input_size=(3, 64, 96)), IMAGE3)
+    assert (subject.weights.sum(1) - 1).abs().max() > 0.1
+    assert not subject.gates
+
+
+def test_weights_of_channels_have_no_place():
+    edges = timm.create_model("edgenext_xx_small", num_classes=3, dims=(24, 48, 88, 144), heads=(4, 4, 4, 4)).eval()
+    image = torch.randn(3, 96, 96)  # at the last stage 36 channels a head, and 3 × 3 positions
+    assert not [name for name in spatial(edges, image) if "CrossCovarianceAttn" in name]
+    assert not spatial(timm.create_model("resnest14d", num_classes=3).eval(), torch.randn(3, 64, 64))
 
 
 def test_curves_of_regions_are_those_of_a_model_that_is_known():

@@ -147,3 +147,13 @@ def test_learns_which_half_is_asked_for(reader):
 def test_refuses_options_it_does_not_have(options, message):
     with pytest.raises(ValueError, match=message):
         answerer(**options)
+
+
+@pytest.mark.parametrize("beyond", [False, True], ids=["none", "beyond"])
+def test_refuses_lengths_that_no_question_has(beyond):
+    model, (images, words, lengths) = answerer(), asked()
+    lengths[1, 1] = words.shape[2] + 1 if beyond else 0
+    with pytest.raises(ValueError, match=rf"lengths must lie from 1 to {words.shape[2]}, all words, got \[\["):
+        model(images, words, lengths)
+    with pytest.raises(ValueError, match=r"words must have at least one a question, got \(2, 3, 0\)"):
+        model(images, words[:, :, :0])

@@ -6,11 +6,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def show(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str | None = None) -> None:
     """Print rows of one set of columns as a table; numbers stand to the right."""
-    table = Table(title=title, caption=caption)
+    table = Table(title=Text(title), caption=None if caption is None else Text(caption))  # brackets are no markup
     for name, value in rows[0].items():
         table.add_column(name, justify="right" if isinstance(value, int) else "left")
     for row in rows:

@@ -17,7 +17,7 @@ from torch import Tensor
 from visattn.checkpoint import description, load
 from visattn.commands import show
 from visattn.commands.caption import complete
-from visattn.commands.predict import add_backbone, batches, denormalised, find, positive, probabilities
+from visattn.commands.predict import add_backbone, batches, denormalised, find, positive, probabilities, unlike
 from visattn.data.transforms import as_seen
 from visattn.explain import (
     FUNCTION,
@@ -29,6 +29,7 @@ from visattn.explain import (
     Word,
     between,
     explain,
+    kendall,
     looking,
     pointing,
     shuffled,
@@ -120,6 +121,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     names = find(args.images)
+    if args.save or args.boxes:
+        unlike(names)
     boxes = read_boxes(args.boxes) if args.boxes else {}
     model = ready(args.checkpoint, args)
     other = None if args.against is None else ready(args.against, args)
@@ -175,8 +178,8 @@ def ready(checkpoint: str, args: Namespace) -> Any:
         complete(model, checkpoint)
     elif model.transform is None:
         raise ValueError(f"{checkpoint} does not say how images are prepared for the model")
-    elif model.task == "verification":
-        raise ValueError(f"checkpoint must be of a classifier or a captioner, {checkpoint} compares two images")
+    elif model.task in ("verification", "question answering"):
+        raise ValueError(f"checkpoint must be of a classifier or a captioner, {checkpoint} is of {model.task}")
     return model.requires_grad_(False)
 
 
@@ -272,7 +275,11 @@ def compared(asked: Asked, seed: int) -> dict[str, Finding]:
         return {}
     a, b = asked.subject.map, asked.other.map
     chance = torch.Generator().manual_seed(seed)
-    others = [between(a, each.view(b.shape)) for each in shuffled(b.flatten(), 20, chance)]
+    drawn = [each.view(b.shape) for each in shuffled(b.flatten(), 20, chance)]
+    if min(a.min(), b.min()) < 0 or not (a.any() and b.any()):  # no shares that may diverge
+        orders = [kendall(a, each) for each in drawn]
+        return {"seed agreement": Finding(kendall(a, b), math.fsum(orders) / len(orders))}
+    others = [between(a, each) for each in drawn]
     names = {"seed divergence": "divergence", "seed agreement": "agreement"}
     return {
         name: Finding(getattr(between(a, b), field), math.fsum(getattr(each, field) for each in others) / len(others))

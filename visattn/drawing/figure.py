@@ -4,14 +4,25 @@ from typing import Literal
 
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy import ndarray
+
+
+class Plain(Figure):
+    """A figure whose words stay as they are: of two dollars in the name of a photo a formula would be made."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
 
 def canvas(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """Return an empty figure, measured in inches, that needs no display."""
-    figure = Figure(figsize=(width, height), dpi=120, layout=layout)
+    figure = Plain(figsize=(width, height), dpi=120, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

@@ -24,6 +24,7 @@ from visattn.drawing.grid import Grid, grid_of, key_grid_of, same_stride, usual_
 from visattn.drawing.overlay import constant
 
 Query = tuple[int, int]
+OF_CHANNELS = ("XCA", "CrossCovarianceAttn", "ChannelAttention", "ChannelAttentionV2")  # of timm: each reads all others
 
 
 class Channels(NamedTuple):
@@ -102,6 +103,8 @@ def _read(name: str, weights: Tensor, image: Grid, query: Query, grid: Grid | No
         return Channels(name, _note(mean, items, _mean_of(values.shape[1], "channels")), mean.numpy())
     if values.ndim > 4:
         return _read_kernels(name, values, image)
+    if _class_of(name)[0] in OF_CHANNELS:
+        raise ValueError(f"{name}: weights are of pairs of channels, which have no place in the image")
     if values.ndim == 2 or (values.shape[-1] > 1 and _pairs(name, values, image)):
         try:
             return _read_query(name, values, image, query, grid)
@@ -128,9 +131,15 @@ def effect(grids: Float[Tensor, "k h w 2"]) -> str:
     return ", ".join([*said, f"magnified {magnified}×"] if magnified != "1" else said)
 
 
+def _class_of(name: str) -> tuple[str, list[str]]:
+    """The class that weights of this name are of, and which of its weights they are, where it has several."""
+    cls, *field = name.rpartition("/")[2].split(".")
+    return cls, field
+
+
 def _axes(name: str) -> str | None:
     """The axes of weights of a module of ours, as its signature states them."""
-    cls, *field = name.rpartition("/")[2].split(".")
+    cls, field = _class_of(name)
     if cls == "Attention" or cls not in attention.__all__:
         return None
     kind = typing.get_type_hints(getattr(attention, cls).attend)["return"]
@@ -138,10 +147,16 @@ def _axes(name: str) -> str | None:
     return getattr(kind, "dim_str", None)
 
 
+def stated_pairs(name: str) -> bool | None:
+    """Does the signature of their module, if it is ours, say that weights of this name are of pairs of positions?"""
+    axes = _axes(name)
+    return axes.endswith(("n m", "1 m")) if axes else None
+
+
 def _pairs(name: str, values: Tensor, image: Grid) -> bool:
     """Are these weights of pairs of positions? Their module says so, their rows sum to one, or only so do they fit."""
-    if axes := _axes(name):
-        return axes.endswith(("n m", "1 m"))
+    if (stated := stated_pairs(name)) is not None:
+        return stated
     if torch.allclose(values.sum(-1), torch.ones(()), atol=1e-2):
         return True
     usual = usual_grids(image)

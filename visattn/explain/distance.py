@@ -38,4 +38,5 @@ def kendall(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"maps must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    return float(kendalltau(a.detach().flatten().cpu().numpy(), b.detach().flatten().cpu().numpy()).statistic)
+    orders = (each.detach().flatten().double().cpu().numpy() for each in (a, b))
+    return float(kendalltau(*orders).statistic)

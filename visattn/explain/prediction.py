@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visattn.drawing.reading import Heat, fields, read_maps
+from visattn.attention.core import wide
+from visattn.drawing.reading import Heat, fields, read_maps, stated_pairs
 from visattn.explain.curves import blended
 from visattn.explain.replacing import replaced
-from visattn.explain.subject import Gradient, Subject, strength
+from visattn.explain.subject import Gradient, Subject, evaluated, strength
 from visattn.record import attentions, record
 
 ENOUGH = 4  # cells along a side, for a map to say where
@@ -81,12 +82,13 @@ class Prediction(Subject):
         target: The class; None: the likeliest.
 
     Raises:
-        ValueError: If there is no such map or class.
+        ValueError: If the model is in training mode, or there is no such map or class.
     """
 
     def __init__(
         self, model: nn.Module, image: Float[Tensor, "c h w"], *, name: str | None = None, target: int | None = None
     ):
+        evaluated(model)
         found = spatial(model, image)
         fine = [each for each in found if min(found[each].size) >= ENOUGH] or list(found)
         chosen = fine if name is None else [each for each in found if name == each or fnmatchcase(each, name)]
@@ -111,7 +113,7 @@ class Prediction(Subject):
             0 if self.alone else self.label,
             self.found.rows[:, self.first :],
             self.found.size,
-            gates=not torch.allclose(sums, torch.ones_like(sums), atol=1e-2),
+            gates=not (stated_pairs(name) or torch.allclose(sums, torch.ones_like(sums), atol=1e-2)),
             fixed=self.module is None,
         )
 
@@ -142,9 +144,10 @@ class Prediction(Subject):
         image = self.image.detach().clone().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.said(image[None])[0, self.target], [image])
+        gradient, image = wide(gradient), wide(image.detach())  # its squares are below what half precision holds
         if kind == "norm":
             return _pooled(strength(gradient.movedim(0, -1), image.movedim(0, -1), kind).square(), self.size).sqrt()
-        return _pooled((gradient * image.detach()).sum(0), self.size).abs()
+        return _pooled((gradient * image).sum(0), self.size).abs()
 
 
 def _pooled(values: Float[Tensor, "h w"], size: tuple[int, int]) -> Float[Tensor, "rows columns"]:

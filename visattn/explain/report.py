@@ -89,6 +89,8 @@ def explain(
         raise ValueError(f"measures must be of {', '.join(MEASURES)}, got {unknown[0]!r}")
     if by not in get_args(By):
         raise ValueError(f"by must be pixels or regions, got {by!r}")
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient must be norm or product, got {gradient!r}")
     chance = torch.Generator().manual_seed(seed)
     findings: dict[str, Finding] = {}
     empty = emptied(subject.image, baseline)

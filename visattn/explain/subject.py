@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 Gradient = Literal["norm", "product"]
 BATCH = 32  # images, or weights, at once
@@ -95,6 +95,12 @@ class Subject(ABC):
         Args:
             kind: The ``"norm"`` of the gradient there, or the absolute ``"product"`` of gradient and region.
         """
+
+
+def evaluated(model: nn.Module) -> None:
+    """Raise a ``ValueError`` for a model in training mode, which says otherwise each time, and may change."""
+    if model.training:
+        raise ValueError(f"model must be in eval mode to be explained, {type(model).__name__} is in training mode")
 
 
 def strength(gradient: Float[Tensor, "*b d"], x: Float[Tensor, "*b d"], kind: Gradient) -> Float[Tensor, "*b"]:

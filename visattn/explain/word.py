@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from visattn.attention.core import wide
 from visattn.attention.memory.core import MemoryAttention
 from visattn.explain.replacing import replaced
-from visattn.explain.subject import Gradient, Subject, strength
+from visattn.explain.subject import Gradient, Subject, evaluated, strength
 from visattn.models.captioner import Captioner
 from visattn.models.decoders.core import Decoder, over
 
@@ -58,6 +59,7 @@ class Word(Subject):
         *,
         name: str | None = None,
     ):
+        evaluated(captioner)
         if not 0 <= place < len(words):
             raise ValueError(f"place must be that of one of {len(words)} words, got {place}")
         looks = looking(captioner.decoder)
@@ -116,7 +118,7 @@ class Word(Subject):
         memory = self.memory.detach().clone().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self._told(memory, None)[0, self.target], [memory])
-        return strength(gradient, memory.detach(), kind)[0].view(self.size)
+        return strength(wide(gradient), wide(memory.detach()), kind)[0].view(self.size)
 
     def _told(self, memory: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> Float[Tensor, "b v"]:
         decoder = self.captioner.decoder

@@ -151,10 +151,14 @@ class QuestionAnswerer(RegionNetwork):
         lengths: Int[Tensor, "b r"] | None = None,
     ) -> Answered:
         """Return what is answered to questions about maps of the backbone, and where was looked."""
-        memory, size = self.regions(features)
-        prepared = self.reader.prepare(memory, None, size)
+        if not words.shape[2]:
+            raise ValueError(f"words must have at least one a question, got {tuple(words.shape)}")
         if lengths is None:
             lengths = torch.full_like(words[:, :, 0], words.shape[2])
+        elif not torch.compiler.is_compiling() and bool(((lengths < 1) | (lengths > words.shape[2])).any()):
+            raise ValueError(f"lengths must lie from 1 to {words.shape[2]}, all words, got {lengths.tolist()}")
+        memory, size = self.regions(features)
+        prepared = self.reader.prepare(memory, None, size)
         known = self.question(words.flatten(0, 1)).unflatten(0, words.shape[:2])
         last = at(known, lengths - 1)
         queries = known if self.reader.stateful else last[:, :, None]

@@ -291,7 +291,9 @@ class Layers(nn.Module):
             bias = cell.hidden.bias if cell.hidden.bias is not None else torch.zeros_like(cell.known.bias)
             weights += [each.to(x.dtype) for each in (cell.known.weight, cell.hidden.weight, cell.known.bias, bias)]
         first = [each.to(x.dtype).contiguous() for each in state]
-        options = True, len(self.cells), self.dropout, self.training, False, True
+        dropout = self.dropout if self.training else 0.0
+        backward = self.training or torch.is_grad_enabled()  # on a GPU there is one of a training pass alone
+        options = True, len(self.cells), dropout, backward, False, True
         if self.states == 2:
             y, *after = torch.lstm(x, first, weights, *options)
         else:
