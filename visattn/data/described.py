@@ -301,14 +301,14 @@ class DescribedCanvas(Canvas):
         workers: int = 0,
         seed: int = 0,
     ):
+        for name, count in {"canvases": canvases, "evaluated": evaluated, "cells": min(cells)}.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         for name, bounds in {"digits": digits, "more": more or digits}.items():
             if not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"{name} must be two numbers from 1 on, the lesser first, got {tuple(bounds)}")
             if bounds[1] > cells[0] * cells[1]:
                 raise ValueError(f"{name} must be at most {cells[0] * cells[1]}, one for each cell, got {bounds[1]}")
-        for name, count in {"canvases": canvases, "evaluated": evaluated, "cells": min(cells)}.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
         super().__init__(
             "sequences",
             root=root,
