@@ -793,13 +793,6 @@ def test_maps_of_a_backbone_of_other_options_are_refused(fit, data, tmp_path):
         fit(Captioning(**LITTLE | FINE), of=data(cache=cache), max_steps=1)
 
 
-def test_a_start_without_words_is_refused(fit, data, tmp_path):
-    found = fit(Captioning(**LITTLE), max_steps=1).lightning_module
-    visattn.save(found.model, tmp_path / "wordless", transform=found.preprocess, task="captioning")
-    with pytest.raises(ValueError, match=r"start must say which words it has, .*wordless does not"):
-        fit(Captioning(**LITTLE, start=str(tmp_path / "wordless")), max_steps=1)
-
-
 def test_a_test_reads_other_data_by_the_words_of_the_checkpoint(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = "--task Captioning --model.backbone resnet10t --model.width 16 --data.size 32 --data.min_count 1"

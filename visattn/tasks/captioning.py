@@ -263,8 +263,6 @@ class Captioning(RegionTask):
         if own is not None and words is not None and words != own:
             difference = unlike(words, own)
             raise ValueError(f"start must have the words of the data, {start} has others: {difference}")
-        if own is not None and words is None:
-            raise ValueError(f"start must say which words it has, {start} does not")
         if known["model"] and (found := self.contradiction(known["model"]["arguments"])):
             name, other, mine = found
             raise ValueError(f"start must have {name} {mine!r} as the model has, {start} has {other!r}")
